@@ -1,0 +1,130 @@
+"""The contract of every form: shape, dense(), forward(), tensors(), describe()."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+FORMS: dict[str, type[Form]] = {}
+"""Every form by the name that its description carries."""
+
+
+class Form(ABC):
+    """A matrix of shape (out_features, in_features), written as a small expression over tensors.
+
+    A form is immutable: a method that rewrites a weight makes a new form. `dense()` *defines* the
+    matrix; `forward`, `tensors` and `describe` have to agree with it.
+    """
+
+    kind: ClassVar[str]
+    """The name of the form in a description."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            FORMS[cls.kind] = cls
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the matrix that this form stands for."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix itself, (out, in), computed in float32 or better and then cast to `dtype`."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        """`x @ dense().T`, differentiable in x and in the floating-point tensors of the form."""
+        return torch.nn.functional.linear(x, self.dense(x.dtype))
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to store, by name and in a fixed order; the first one is stored as `weight`."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Form:
+        """The same expression over other tensors (moved, loaded or trained), by the names of `tensors()`."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """A JSON description: `form`, `shape`, and what is needed to rebuild an empty form."""
+
+    @classmethod
+    @abstractmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Form:
+        """An empty form on the meta device. Raises KeyError or ValueError on a description that is broken."""
+
+    @abstractmethod
+    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
+        """The same expression with every leaf replaced by `rewriter(leaf)`."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The rows `index` (any shape) of the matrix, (*index.shape, in): an embedding lookup."""
+        return self.dense()[index]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the tensors take in a safetensors file, header aside."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored (codes, scales, zeros, masks, indices, factors) over the weights it stands for."""
+        return 8 * self.num_bytes / max(1, self.shape[0] * self.shape[1])
+
+    @property
+    def formula(self) -> str:
+        """A short name for tables, such as `LowRank(int8, int8)`."""
+        return self.kind
+
+    def __repr__(self) -> str:
+        return f"{self.formula}[{self.shape[0]}x{self.shape[1]}]"
+
+
+def form_from_description(description: Mapping[str, Any]) -> Form:
+    """The empty form (meta device) that `description` tells of; ValueError where it tells of none."""
+    kind = description.get("form")
+    if kind not in FORMS:
+        raise ValueError(f"unknown form {kind!r}; known forms: {', '.join(sorted(FORMS))}")
+    try:
+        return FORMS[kind].from_description(description)
+    except KeyError as missing:
+        raise ValueError(f"the description of a {kind} form lacks {missing}") from missing
+
+
+def shape_of(description: Mapping[str, Any]) -> tuple[int, int]:
+    """The checked `shape` of a description."""
+    rows, columns = description["shape"]
+    if not (isinstance(rows, int) and isinstance(columns, int) and rows >= 0 and columns >= 0):
+        raise ValueError(f"a shape is two whole numbers, not {description['shape']!r}")
+    return rows, columns
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float16` -> `float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+FLOAT_DTYPES = {dtype_name(d): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """`float16` -> `torch.float16`; ValueError for what is no floating-point type."""
+    if name not in FLOAT_DTYPES:
+        raise ValueError(f"{name!r} is no floating-point type; known: {', '.join(FLOAT_DTYPES)}")
+    return FLOAT_DTYPES[name]
+
+
+def prefixed(prefix: str, form: Form) -> dict[str, Tensor]:
+    """The tensors of a part, under `prefix_`."""
+    return {f"{prefix}_{name}": tensor for name, tensor in form.tensors().items()}
+
+
+def unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `prefixed`: the tensors of one part, by the part's own names."""
+    start = prefix + "_"
+    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}

@@ -1,0 +1,137 @@
+"""Moments of a layer's input, streamed over batches; padding never counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Moments of the input x (n,) of a linear layer over `count` tokens, all means and not sums.
+
+    Attributes:
+        count: tokens seen.
+        mean: E[x], (n,).
+        second_moment: E[x^2], (n,): the diagonal of the Hessian.
+        abs_mean: E|x|, (n,); None where it is unknown (behind a factor).
+        hessian: E[x x^T], (n, n), symmetric; None where it was not asked for.
+    """
+
+    count: int
+    mean: Tensor
+    second_moment: Tensor
+    abs_mean: Tensor | None
+    hessian: Tensor | None
+
+    @property
+    def features(self) -> int:
+        """n, the width of the input."""
+        return self.mean.shape[0]
+
+    def require_hessian(self) -> Tensor:
+        """The Hessian, (n, n). ValueError where it was not gathered."""
+        if self.hessian is None:
+            raise ValueError("this method needs the Hessian of the input, and only its diagonal was gathered")
+        return self.hessian
+
+    def through(self, matrix: Tensor) -> InputStatistics:
+        """Statistics of `matrix @ x`: those of the input of `left` in LowRank(left, right), for right = `matrix`.
+
+        Args:
+            matrix: (r, n).
+
+        Returns:
+            mean M mu, Hessian M H M^T, and its diagonal; without a Hessian the channels are taken to be
+            uncorrelated around their mean. `abs_mean` is unknown.
+        """
+        matrix = matrix.to(self.mean)
+        mean = matrix @ self.mean
+        if self.hessian is None:
+            variance = (self.second_moment - self.mean.square()).clamp_min(0)
+            return InputStatistics(
+                self.count, mean, matrix.square() @ variance + mean.square(), None, None
+            )
+        hessian = matrix @ self.hessian @ matrix.T
+        hessian = (hessian + hessian.T) / 2
+        return InputStatistics(self.count, mean, hessian.diagonal().clone(), None, hessian)
+
+    def select(self, index: Tensor) -> InputStatistics:
+        """Statistics of `x[index]`: what is left after channels were removed."""
+        return replace(
+            self,
+            mean=self.mean[index],
+            second_moment=self.second_moment[index],
+            abs_mean=None if self.abs_mean is None else self.abs_mean[index],
+            hessian=None if self.hessian is None else self.hessian[index][:, index],
+        )
+
+
+class StatisticsAccumulator:
+    """Gathers `InputStatistics` over batches.
+
+    Sums are kept in float64 but for the Hessian, whose batch products are made in float32 and added up in
+    `hessian_dtype` (float32 keeps 24 bits, enough for some millions of tokens; float64 doubles the memory).
+
+    Args:
+        features: n, the width of the input.
+        hessian: whether to gather the n x n matrix too.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hessian: bool = False,
+        device: torch.device | str = "cpu",
+        hessian_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.count = 0
+        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
+        self._square = torch.zeros_like(self._sum)
+        self._abs = torch.zeros_like(self._sum)
+        self._products = (
+            torch.zeros(features, features, dtype=hessian_dtype, device=device) if hessian else None
+        )
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            x: (..., n) activations, any floating-point type.
+            mask: (...), non-zero where a token counts; None if all do.
+        """
+        x = x.detach().reshape(-1, x.shape[-1])
+        if mask is not None:
+            x = x[mask.reshape(-1).bool()]
+        if not x.shape[0]:
+            return
+        x = x.to(self._sum.device, torch.float32)
+        self.count += x.shape[0]
+        self._sum += x.sum(0, dtype=torch.float64)
+        self._abs += x.abs().sum(0, dtype=torch.float64)
+        self._square += x.square().sum(0, dtype=torch.float64)
+        if self._products is not None:
+            if self._products.dtype == torch.float32:
+                self._products.addmm_(x.T, x)
+            else:
+                self._products += x.T @ x
+
+    def result(self) -> InputStatistics:
+        """The means so far, float32. ValueError if nothing was seen, or if a value is not finite."""
+        if not self.count:
+            raise ValueError("no token was seen: the calibration text is empty, or all of it is padding")
+        if not bool(torch.isfinite(self._square).all()):
+            raise ValueError("the activations are not finite: a weight or an input holds NaN or infinity")
+        hessian = None
+        if self._products is not None:
+            hessian = self._products / self.count
+            hessian = ((hessian + hessian.T) / 2).float()
+        return InputStatistics(
+            self.count,
+            (self._sum / self.count).float(),
+            (self._square / self.count).float(),
+            (self._abs / self.count).float(),
+            hessian,
+        )
