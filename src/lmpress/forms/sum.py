@@ -52,9 +52,7 @@ class Sum(Form):
         return {k: v for i, term in enumerate(self.terms) for k, v in prefixed(f"term{i}", term).items()}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Sum:
-        return Sum(
-            tuple(t.with_tensors(unprefixed(f"term{i}", tensors)) for i, t in enumerate(self.terms))
-        )
+        return Sum(tuple(t.with_tensors(unprefixed(f"term{i}", tensors)) for i, t in enumerate(self.terms)))
 
     def describe(self) -> dict[str, Any]:
         terms = [term.describe() for term in self.terms]

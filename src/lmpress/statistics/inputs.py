@@ -51,9 +51,7 @@ class InputStatistics:
         mean = matrix @ self.mean
         if self.hessian is None:
             variance = (self.second_moment - self.mean.square()).clamp_min(0)
-            return InputStatistics(
-                self.count, mean, matrix.square() @ variance + mean.square(), None, None
-            )
+            return InputStatistics(self.count, mean, matrix.square() @ variance + mean.square(), None, None)
         hessian = matrix @ self.hessian @ matrix.T
         hessian = (hessian + hessian.T) / 2
         return InputStatistics(self.count, mean, hessian.diagonal().clone(), None, hessian)
