@@ -1,0 +1,46 @@
+"""Writing and reading checkpoints; the transformers plug-in."""
+
+from lmpress.checkpoint.files import (
+    INDEX,
+    MANIFEST,
+    copy_file,
+    read_header,
+    read_json,
+    sha256_file,
+    shard_paths,
+    sync_directory,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+from lmpress.checkpoint.plugin import FORMAT_VERSION, METHOD, LmpressConfig, LmpressQuantizer, register
+from lmpress.checkpoint.swap import cast_floats, densify, forms_of, put_forms, tie_head
+from lmpress.checkpoint.verify import is_compressed, plan_of, stored_names, verify_checkpoint
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX",
+    "MANIFEST",
+    "METHOD",
+    "LmpressConfig",
+    "LmpressQuantizer",
+    "cast_floats",
+    "copy_file",
+    "densify",
+    "forms_of",
+    "is_compressed",
+    "plan_of",
+    "put_forms",
+    "read_header",
+    "read_json",
+    "register",
+    "sha256_file",
+    "shard_paths",
+    "stored_names",
+    "sync_directory",
+    "tie_head",
+    "verify_checkpoint",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+]

@@ -73,7 +73,7 @@ class Form(ABC):
 
     @property
     def bits_per_weight(self) -> float:
-        """Everything stored (codes, scales, zeros, masks, indices, factors) over the weights it stands for."""
+        """All that is stored (codes, scales, masks, indices, factors) over the weights it stands for."""
         return 8 * self.num_bytes / max(1, self.shape[0] * self.shape[1])
 
     @property

@@ -132,12 +132,16 @@ class Quantized(Form):
         return picked.dense().view(*index.shape, self.columns)
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {"codes": self.packed, "scale": self.scale}
+        # Eight-bit codes have the shape of the dense weight; stored with one more axis, they cannot be
+        # taken for it by a loader that does not know this form.
+        codes = self.packed.unsqueeze(-1) if self.bits == 8 else self.packed
+        named = {"codes": codes, "scale": self.scale}
         return named if self.packed_zero is None else named | {"zero": self.packed_zero}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Quantized:
         zero = tensors["zero"] if self.packed_zero is not None else None
-        return replace(self, packed=tensors["codes"], scale=tensors["scale"], packed_zero=zero)
+        codes = tensors["codes"].squeeze(-1) if self.bits == 8 else tensors["codes"]
+        return replace(self, packed=codes, scale=tensors["scale"], packed_zero=zero)
 
     def describe(self) -> dict[str, Any]:
         return {

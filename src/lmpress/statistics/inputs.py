@@ -38,7 +38,7 @@ class InputStatistics:
         return self.hessian
 
     def through(self, matrix: Tensor) -> InputStatistics:
-        """Statistics of `matrix @ x`: those of the input of `left` in LowRank(left, right), for right = `matrix`.
+        """Statistics of `matrix @ x`: of the input of `left` in LowRank(left, right), for right = `matrix`.
 
         Args:
             matrix: (r, n).

@@ -1,0 +1,115 @@
+"""The transformers plug-in: `from_pretrained` on a directory that lmpress wrote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lmpress.checkpoint.swap import cast_floats, dense_leaf_names, densify, put_forms, tie_head
+from lmpress.errors import LmpressError
+from lmpress.families import layout_of
+from lmpress.forms import form_from_description
+from lmpress.forms.linear import FormHolder
+
+METHOD = "lmpress"
+FORMAT_VERSION = 1
+
+
+class LmpressConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` in config.json.
+
+    Attributes:
+        version: of the checkpoint format.
+        plan: the description of each compressed module's form, by module name.
+    """
+
+    def __init__(
+        self, plan: dict[str, dict[str, Any]] | None = None, version: int = FORMAT_VERSION, **kwargs: Any
+    ) -> None:
+        self.quant_method = METHOD
+        self.version = version
+        self.plan = plan or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "version": self.version, "plan": self.plan}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts the plan's forms into the skeleton before the weights are loaded, and casts what is left after."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: LmpressConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._dtype: torch.dtype = torch.float32
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        version = self.quantization_config.version
+        if version > FORMAT_VERSION:
+            raise LmpressError(
+                f"this checkpoint has format {version}, and this lmpress reads up to {FORMAT_VERSION}: upgrade lmpress"
+            )
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        return None  # as stored; `_process_model_after_weight_loading` casts what is computed with
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._dtype = kwargs.get("dtype") or torch.float32
+        plan = self.quantization_config.plan
+        forms = {name: form_from_description(description) for name, description in plan.items()}
+        put_forms(model, forms, dtype=self._dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        layout = layout_of(model.config)
+        if layout.tied and layout.embedding in self.quantization_config.plan:
+            tie_head(model)
+        cast_floats(model, self._dtype)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The state in the types of the plan, so that saving again gives the forms bit for bit."""
+        state = model.state_dict()
+        for name, description in self.quantization_config.plan.items():
+            holder = model.get_submodule(name)
+            if not isinstance(holder, FormHolder):
+                continue
+            form = holder.form
+            leaves = dense_leaf_names(form)
+            stored = form_from_description(description).tensors()
+            for tensor, parameter in zip(form.tensors(), holder.form_parameters(), strict=True):
+                if tensor in leaves:
+                    key = f"{name}.{parameter}"
+                    state[key] = state[key].to(stored[tensor].dtype)
+        return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        densify(model, dtype or self._dtype)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Make transformers know the method; harmless when repeated."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(LmpressConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(LmpressQuantizer)

@@ -1,0 +1,183 @@
+"""Forms into a model, and out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lmpress.families import layout_of
+from lmpress.forms import CompressedEmbedding, CompressedLinear, Dense, Form
+from lmpress.forms.linear import FormHolder
+from lmpress.kernels import run
+
+
+def put_forms(
+    model: Any,
+    forms: Mapping[str, Form],
+    biases: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Replace the named modules of `model`, in place, by modules that run the given forms.
+
+    A tied head shares the tensors of the embedding's form; it needs no entry of its own.
+
+    Args:
+        model: a transformers causal language model, on any device (meta included).
+        forms: by module name. An embedding becomes a `CompressedEmbedding`, a linear a `CompressedLinear`.
+        biases: by module name, for linears whose bias changed its length; others keep the one they have.
+        dtype: of the rows that embeddings give; the model's by default.
+
+    Raises:
+        ValueError: a name that the model has no linear or embedding for.
+    """
+    layout = layout_of(model.config)
+    for name, form in forms.items():
+        old = _module(model, name)
+        new: nn.Module
+        if isinstance(old, nn.Embedding | CompressedEmbedding):
+            new = _embedding(old, form, dtype or model.dtype)
+        elif isinstance(old, nn.Linear):
+            new = CompressedLinear(form, _bias(old, form, (biases or {}).get(name)), run)
+        else:
+            raise ValueError(f"{name} is a {type(old).__name__}, not a linear or an embedding")
+        new.train(old.training)
+        model.set_submodule(name, new)
+    if layout.tied and layout.embedding in forms:
+        tie_head(model)
+
+
+def tie_head(model: Any) -> None:
+    """Let the head share the tensors of a compressed embedding, and tell transformers which they are."""
+    layout = layout_of(model.config)
+    embedding = cast(CompressedEmbedding, model.get_submodule(layout.embedding))
+    head = CompressedLinear(embedding.form, None, run)
+    names = list(embedding.form_parameters())
+    for name in names:
+        head.register_parameter(name, embedding.form_parameters()[name])
+    model.set_submodule(layout.head, head)
+    tied = {f"{layout.head}.{name}": f"{layout.embedding}.{name}" for name in names}
+    model._tied_weights_keys = tied
+    model.all_tied_weights_keys = {**getattr(model, "all_tied_weights_keys", {}), **tied}
+
+
+def forms_of(model: nn.Module) -> dict[str, Form]:
+    """The forms that a model holds, by module name; of tied modules the first one only."""
+    found: dict[str, Form] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, FormHolder):
+            parameters = module.form_parameters()
+            first = id(parameters["weight"])
+            if first not in seen:
+                seen.add(first)
+                found[name] = module.form
+    return found
+
+
+def densify(model: Any, dtype: torch.dtype) -> None:
+    """Replace every compressed module, in place, by the dense one of the config's shapes.
+
+    Removed neurons come back as zero rows and columns, which changes no output: the result is a stock
+    model that loads anywhere.
+    """
+    from lmpress.families import skeleton
+
+    layout = layout_of(model.config)
+    plain = skeleton(model.config)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, FormHolder):
+            continue
+        stock = plain.get_submodule(name)
+        weight = _padded(module.form.dense(dtype), cast(Tensor, stock.weight).shape)
+        replacement = stock.to_empty(device=weight.device)
+        replacement.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(module, CompressedEmbedding):
+            _restore_scale(replacement, module, dtype)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            bias = _padded(bias.data.to(dtype), cast(Tensor, stock.bias).shape)
+            replacement.bias = nn.Parameter(bias, requires_grad=False)
+        model.set_submodule(name, replacement)
+    if layout.tied:
+        model.get_submodule(layout.head).weight = model.get_submodule(layout.embedding).weight
+
+
+def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring what is computed in floating point to `dtype`, in place; scales and codes stay as stored."""
+    held = {id(p) for m in model.modules() if isinstance(m, FormHolder) for p in m.form_parameters().values()}
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, FormHolder):
+            _cast_leaves(module, dtype, done)
+            if isinstance(module, CompressedEmbedding):
+                module.dtype = dtype
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None or id(parameter) in held or not parameter.is_floating_point():
+                continue
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+
+
+def dense_leaf_names(form: Form) -> set[str]:
+    """The names in `form.tensors()` that are floating-point weights, rather than codes or scales."""
+    kept: set[int] = set()
+
+    def visit(leaf: Form) -> Form:
+        if isinstance(leaf, Dense):
+            kept.add(id(leaf.weight))
+        return leaf
+
+    form.rewrite(visit)
+    return {name for name, tensor in form.tensors().items() if id(tensor) in kept}
+
+
+def _cast_leaves(module: FormHolder, dtype: torch.dtype, done: dict[int, nn.Parameter]) -> None:
+    form = module.form
+    leaves = dense_leaf_names(form)
+    for name, parameter in zip(form.tensors(), list(module.form_parameters()), strict=True):
+        old = module.form_parameters()[parameter]
+        old.requires_grad_(False)
+        if name in leaves and old.dtype != dtype:
+            if id(old) not in done:  # tied modules stay tied
+                done[id(old)] = nn.Parameter(old.data.to(dtype), requires_grad=False)
+            module.register_parameter(parameter, done[id(old)])
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"the model has no module {name}") from None
+
+
+def _embedding(old: nn.Embedding | CompressedEmbedding, form: Form, dtype: torch.dtype) -> CompressedEmbedding:
+    if isinstance(old, CompressedEmbedding):
+        return CompressedEmbedding(form, dtype, old.scale, old.padding_idx)
+    scale = getattr(old, "scalar_embed_scale", None)  # Gemma 3 scales the rows that come out
+    return CompressedEmbedding(form, dtype, scale, old.padding_idx)
+
+
+def _bias(old: nn.Linear, form: Form, given: Tensor | None) -> Tensor | None:
+    if given is not None:
+        return given
+    if old.bias is None:
+        return None
+    if old.bias.shape[0] == form.shape[0]:
+        return old.bias.data
+    return torch.empty(form.shape[0], dtype=old.bias.dtype, device="meta")
+
+
+def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
+    if tensor.shape == shape:
+        return tensor
+    full = tensor.new_zeros(shape)
+    full[tuple(slice(0, n) for n in tensor.shape)] = tensor
+    return full
+
+
+def _restore_scale(stock: nn.Module, old: CompressedEmbedding, dtype: torch.dtype) -> None:
+    if old.scale is not None:
+        stock.embed_scale = torch.tensor(old.scale, dtype=dtype)

@@ -1,0 +1,183 @@
+"""A recipe: a strict YAML file. A wrong key or value is one clear line, with a suggestion."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError
+
+from lmpress.errors import RequestError
+from lmpress.recipes.steps import STEPS, PruneNeurons, Quantize, Recover, Step, Strict, Svd, options_of
+
+
+T = TypeVar("T", bound=Strict)
+
+
+class Calibration(Strict):
+    """How much text the methods look at: `samples` windows of `seq_len` tokens."""
+
+    samples: Annotated[int, Field(ge=1)] = 64
+    seq_len: Annotated[int, Field(ge=2)] = 512
+
+
+class Recipe(Strict):
+    """Steps that are rewritten in this order, block by block.
+
+    Attributes:
+        dtype: how floating-point weights are stored: `auto` keeps 16-bit sources as they are and stores
+            float32 sources in float16.
+        seed: of everything that is drawn.
+    """
+
+    name: str = "unnamed"
+    description: str = ""
+    calibration: Calibration = Calibration()
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    seed: int = 42
+    steps: tuple[Step, ...] = ()
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain JSON with every default written out; `parse_recipe` reads it back."""
+        plain = self.model_dump(mode="json", exclude={"steps"})
+        return plain | {"steps": [options_of(step) for step in self.steps]}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(name_or_path: str | Path | Recipe | Mapping[str, Any]) -> Recipe:
+    """A shipped recipe by name, or a YAML file by path.
+
+    Raises:
+        RequestError: no such recipe, no YAML, or a wrong key or value.
+    """
+    if isinstance(name_or_path, Recipe):
+        return name_or_path
+    if isinstance(name_or_path, Mapping):
+        return parse_recipe(name_or_path, "recipe")
+    path = Path(name_or_path)
+    if path.is_file():
+        try:
+            return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            where = " ".join(str(error).split())
+            raise RequestError(f"{path} is no YAML file: {where}") from None
+        except OSError as error:
+            raise RequestError(f"cannot read the recipe {path}: {error.strerror}") from None
+    name = str(name_or_path)
+    if name not in shipped_recipes():
+        raise RequestError(
+            f"no recipe is called {name!r}, and no such file exists{_suggest(name, shipped_recipes())}; "
+            f"shipped: {', '.join(shipped_recipes())}"
+        )
+    return parse_recipe(yaml.safe_load(shipped_text(name)), name)
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with lmpress."""
+    files = resources.files("lmpress.recipes").joinpath("shipped").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def shipped_text(name: str) -> str:
+    """The YAML text of a shipped recipe, comments included."""
+    return resources.files("lmpress.recipes").joinpath("shipped", f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def parse_recipe(data: Any, where: str) -> Recipe:
+    """A recipe from plain data. RequestError names the place, the fault, and the likely meaning."""
+    if not isinstance(data, Mapping):
+        raise RequestError(f"{where}: a recipe is a mapping with `steps`, not {type(data).__name__}")
+    _check_keys(data, Recipe, where)
+    calibration = data.get("calibration", {})
+    if isinstance(calibration, Mapping):
+        _check_keys(calibration, Calibration, f"{where}: calibration")
+    steps = data.get("steps")
+    if not isinstance(steps, list) or not steps:
+        raise RequestError(f"{where}: `steps` is a list with at least one step ({', '.join(STEPS)})")
+    parsed = tuple(_parse_step(step, f"{where}: step {i + 1}") for i, step in enumerate(steps))
+    rest = {key: value for key, value in data.items() if key != "steps"}
+    recipe = _validated(Recipe, rest | {"steps": parsed}, where)
+    _check_order(recipe, where)
+    return recipe
+
+
+def _parse_step(entry: Any, where: str) -> Step:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise RequestError(f"{where}: a step is one key with its options, such as `- quantize: {{bits: 8}}`")
+    kind, options = next(iter(entry.items()))
+    if kind not in STEPS:
+        raise RequestError(
+            f"{where}: no step is called {kind!r}{_suggest(str(kind), STEPS)}; steps: {', '.join(STEPS)}"
+        )
+    if options is None:
+        options = {}
+    if not isinstance(options, Mapping):
+        raise RequestError(f"{where} ({kind}): options are a mapping, such as {{targets: linears}}")
+    where = f"{where} ({kind})"
+    _check_keys(options, STEPS[kind], where)
+    return _validated(STEPS[kind], options, where)
+
+
+def _validated(model: type[T], data: Mapping[str, Any], where: str) -> T:
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if not place else f" (given: {json.dumps(first['input'], default=str)[:60]})"
+        raise RequestError(f"{where}{': ' + place if place else ''}: {message}{given}") from None
+
+
+def _check_keys(data: Mapping[str, Any], model: type[Strict], where: str) -> None:
+    known = list(model.model_fields)
+    for key in data:
+        if key not in known:
+            raise RequestError(
+                f"{where}: unknown key {key!r}{_suggest(str(key), known)}; known: {', '.join(known)}"
+            )
+
+
+def _suggest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_order(recipe: Recipe, where: str) -> None:
+    """Structure first, then factors, then bits, then recovery; what cannot work is refused here."""
+    seen: dict[type[Step], list[Step]] = {}
+    for i, step in enumerate(recipe.steps):
+        place = f"{where}: step {i + 1} ({step.kind})"
+        if seen.get(Recover):
+            raise RequestError(f"{place}: recover comes last, after every step that compresses")
+        if isinstance(step, PruneNeurons):
+            if seen.get(PruneNeurons):
+                raise RequestError(f"{place}: neurons are pruned once in a recipe")
+            before = [s for s in seen.get(Svd, []) + seen.get(Quantize, []) if _touches_mlp(s)]
+            if before:
+                raise RequestError(f"{place}: prune_neurons comes before {before[0].kind} of the same MLP")
+        if isinstance(step, Svd) and step.targets == "embeddings":
+            raise RequestError(f"{place}: svd works on the linears of the blocks, not on embeddings")
+        if isinstance(step, Svd) and any(_overlap(step, s) for s in seen.get(Quantize, [])):
+            raise RequestError(f"{place}: svd comes before quantize of the same modules")
+        seen.setdefault(type(step), []).append(step)
+
+
+def _touches_mlp(step: Step) -> bool:
+    return step.targets in ("mlp", "linears") or "mlp" in step.targets or step.targets.startswith("*")
+
+
+def _overlap(a: Step, b: Step) -> bool:
+    if "embeddings" in (a.targets, b.targets):
+        return a.targets == b.targets
+    return a.targets == b.targets or "linears" in (a.targets, b.targets)
