@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lmpress.errors import RequestError
@@ -50,12 +52,26 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel
         config: the model's transformers config; it is copied, not changed.
         dtype: the type that the parameters say they have.
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
+    with _EmptyOnMeta():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    model.tie_weights()  # each parameter was put on the meta device by itself
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:  # a norm's: made by torch.ones
+                empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                setattr(module, name, empty)
     return model.eval()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty`, which linears and embeddings are made by, makes meta tensors; the rest is as ever."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def _reason(config: Any, model_type: Any) -> str:
