@@ -5,16 +5,24 @@ from lmpress.forms.dense import Dense
 from lmpress.forms.linear import CompressedEmbedding, CompressedLinear
 from lmpress.forms.low_rank import LowRank
 from lmpress.forms.packing import pack_codes, packed_width, unpack_codes
+from lmpress.forms.pattern import Bitmap, NofM, Pattern
+from lmpress.forms.pivoted import Pivoted
 from lmpress.forms.quantized import Quantized
+from lmpress.forms.sparse import Sparse
 from lmpress.forms.sum import Sum
 
 __all__ = [
+    "Bitmap",
     "CompressedEmbedding",
     "CompressedLinear",
     "Dense",
     "Form",
     "LowRank",
+    "NofM",
+    "Pattern",
+    "Pivoted",
     "Quantized",
+    "Sparse",
     "Sum",
     "form_from_description",
     "pack_codes",

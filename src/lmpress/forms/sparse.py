@@ -1,0 +1,175 @@
+"""`Sparse(pattern, values)`: a few entries of a matrix, and zero elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmpress.forms.base import (
+    Form,
+    dtype_name,
+    float_dtype,
+    form_from_description,
+    prefixed,
+    shape_of,
+    unprefixed,
+)
+from lmpress.forms.dense import Dense
+from lmpress.forms.pattern import Bitmap, NofM, Pattern
+from lmpress.forms.quantized import Quantized
+
+
+@dataclass(frozen=True, repr=False)
+class Sparse(Form):
+    """A matrix that is zero but for the entries of `pattern`.
+
+    The values stand in row-major order of the kept entries, none wasted on padding.
+
+    Attributes:
+        pattern: which entries are kept.
+        values: a form of shape (out, k) where every row keeps k entries, else (1, kept).
+        scale: None, or (out, 1) or (out, groups): what the entries of a row, or of a group of in / groups
+            neighbouring columns, are multiplied by. Where rows keep different numbers of entries, a plain
+            (1, kept) matrix of values could not have a scale a row; this one gives it to them.
+    """
+
+    pattern: Pattern
+    values: Form
+    scale: Tensor | None = None
+    kind = "sparse"
+
+    def __post_init__(self) -> None:
+        rows, columns = self.pattern.shape
+        if (
+            self.values.shape[0] not in (1, rows)
+            or self.values.shape[0] * self.values.shape[1] != self.pattern.kept
+        ):
+            raise ValueError(
+                f"values of shape {self.values.shape} for {self.pattern.kept} kept entries of {rows} rows"
+            )
+        if self.scale is not None and (self.scale.shape[0] != rows or columns % max(1, self.scale.shape[1])):
+            raise ValueError(f"scales of shape {tuple(self.scale.shape)} do not fit {(rows, columns)}")
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, mask: Tensor, group: tuple[int, int] | None = None) -> Sparse:
+        """The entries of `weight` where `mask` is true, in weight's dtype.
+
+        Args:
+            weight: (out, in).
+            mask: bool (out, in).
+            group: (n, m) where the mask keeps n of every m; None for a bitmap.
+        """
+        pattern: Pattern = NofM.from_mask(mask, *group) if group else Bitmap.from_mask(mask)
+        return cls(pattern, Dense(weight[mask].view(values_shape(mask)).contiguous()))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.pattern.shape
+
+    @property
+    def density(self) -> float:
+        """Kept entries over all entries."""
+        return self.pattern.kept / max(1, self.shape[0] * self.shape[1])
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return _scale_groups(self._spread(self.pattern, self.values.dense(wide)), self.scale).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is not None and self.scale.shape[1] == 1:  # scale the few outputs, not the many weights
+            weight = self._spread(self.pattern, self.values.dense(x.dtype))
+            return torch.nn.functional.linear(x, weight) * self.scale[:, 0].to(x.dtype)
+        return torch.nn.functional.linear(x, self.dense(x.dtype))
+
+    def rows(self, index: Tensor) -> Tensor:
+        if self.values.shape[0] != self.shape[0] or self.shape[0] == 1:
+            return self.dense()[index]
+        flat = index.reshape(-1)
+        picked = self.pattern.with_packed(self.pattern.packed[flat])
+        spread = self._spread(picked, self.values.rows(flat).float())
+        scale = None if self.scale is None else self.scale[flat]
+        return _scale_groups(spread, scale).view(*index.shape, self.shape[1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"pattern": self.pattern.packed} | prefixed("values", self.values)
+        return named if self.scale is None else named | {"scale": self.scale}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Sparse:
+        return Sparse(
+            self.pattern.with_packed(tensors["pattern"]),
+            self.values.with_tensors(unprefixed("values", tensors)),
+            None if self.scale is None else tensors["scale"],
+        )
+
+    def describe(self) -> dict[str, Any]:
+        described = {
+            "form": self.kind,
+            "shape": list(self.shape),
+            "pattern": self.pattern.describe(),
+            "values": self.values.describe(),
+        }
+        if self.scale is not None:
+            described["scale_shape"] = list(self.scale.shape)
+            described["scale_dtype"] = dtype_name(self.scale.dtype)
+        return described
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Sparse:
+        scale = None
+        if "scale_shape" in description:
+            rows, groups = description["scale_shape"]
+            scale = torch.empty(rows, groups, dtype=float_dtype(description["scale_dtype"]), device="meta")
+        pattern = Pattern.from_description(description["pattern"], shape_of(description))
+        return cls(pattern, form_from_description(description["values"]), scale)
+
+    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
+        return replace(self, values=self.values.rewrite(rewriter))
+
+    def filled(self) -> Form:
+        """The same matrix with its zeros written out: what a device without sparse kernels runs.
+
+        Quantized where the values are (and a zero is a code), else Dense in float32.
+        """
+        values = self.values
+        if not isinstance(values, Quantized):
+            return Dense(self.dense())
+        per_value = values.scale.shape[1] > 1 and not isinstance(self.pattern, NofM)
+        if per_value or (self.scale is not None and values.scale.numel() > 1):
+            return Dense(self.dense())  # groups of kept entries are no groups of columns
+        zero = values.zero()
+        codes = self._spread(self.pattern, values.codes())
+        if zero is not None:
+            rows, columns = self.shape
+            fill = zero.repeat_interleave(columns // zero.shape[1], 1).expand(rows, columns)
+            codes = torch.where(self.pattern.mask(), codes, fill)
+        scale = values.scale if self.scale is None else self.scale * values.scale
+        if zero is not None and self.scale is not None:
+            zero = zero.expand(scale.shape)
+        return Quantized.from_codes(codes, scale, zero, values.bits)
+
+    @property
+    def formula(self) -> str:
+        return f"Sparse({self.values.formula}; {self.pattern.name})"
+
+    def _spread(self, pattern: Pattern, values: Tensor) -> Tensor:  # (out, k) or (1, kept) -> (out, in)
+        matrix = torch.zeros(pattern.shape, dtype=values.dtype, device=values.device)
+        return matrix.masked_scatter(pattern.mask(), values)
+
+
+def values_shape(mask: Tensor) -> tuple[int, int]:
+    """How the kept entries of `mask` (out, in) are laid out: (out, k) if rows are equal, else (1, kept)."""
+    counts = mask.sum(1)
+    if counts.numel() and bool((counts == counts[0]).all()):
+        return mask.shape[0], int(counts[0])
+    return 1, int(counts.sum())
+
+
+def _scale_groups(matrix: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return matrix
+    rows, groups = scale.shape
+    return (matrix.view(rows, groups, -1) * scale.to(matrix.dtype)[:, :, None]).view(matrix.shape)
