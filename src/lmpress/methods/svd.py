@@ -1,0 +1,205 @@
+"""Low-rank factors of a weight: plain SVD, or SVD in the metric of the activations.
+
+SVD-LLM (arXiv 2403.07378, section 3.1) and, for the plain criterion, SPQ (arXiv 2602.18420, section 3.1).
+With H = E[x x^T], the best rank-r weight in the sense of the outputs solves
+
+    min || (W - W_r) X ||_F   ->   W_r = U_r U_r^T W,   U_r = the top r eigenvectors of W H W^T
+
+which is Eckart-Young on W L for any L L^T = H, but needs no inverse of L and takes a singular H. Its loss is
+the sum of the remaining eigenvalues. A plain SVD is the same with H = I. Where the weight has more rows than
+columns, the eigenvectors come from the smaller side: L^T W^T W L = V S^2 V^T, and U_r spans W L V_r.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmpress.forms import Dense, LowRank
+from lmpress.methods.damping import damped, damped_cholesky
+from lmpress.methods.result import Rewritten
+from lmpress.statistics import InputStatistics
+
+
+@dataclass(frozen=True)
+class SvdOptions:
+    """Options of `svd`; exactly one of the three criteria is set.
+
+    Attributes:
+        keep_variance: in (0, 1]: the smallest rank whose squared singular values (of the whitened weight if
+            `whiten`) make up this share of their sum.
+        ratio: in (0, 1]: the share of the parameters to keep, rank = floor(ratio * mn / (m + n)).
+        max_error: >= 0: the smallest rank with ||(W - W_r) X|| / ||W X|| at most this; without a Hessian and
+            without `whiten`, ||W - W_r|| / ||W||.
+        whiten: choose the directions by the outputs on calibration text; needs the Hessian.
+        multiple_of: align the rank: upwards for keep_variance and max_error, downwards for ratio.
+        damping: added to every channel of H, as a fraction of its own entry, to choose the directions.
+        paper: the reference implementation of SPQ to the letter: `keep_variance` goes through a clamped
+            ratio and back, and ranks above 0.8 of the full one stay dense. Only with `whiten=False`.
+    """
+
+    keep_variance: float | None = None
+    ratio: float | None = None
+    max_error: float | None = None
+    whiten: bool = True
+    multiple_of: int = 1
+    damping: float = 1e-2
+    paper: bool = False
+
+    def __post_init__(self) -> None:
+        criteria = {"keep_variance": self.keep_variance, "ratio": self.ratio, "max_error": self.max_error}
+        given = [name for name, value in criteria.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"svd takes exactly one of {', '.join(criteria)}; got {', '.join(given) or 'none'}"
+            )
+        for name in ("keep_variance", "ratio"):
+            value = criteria[name]
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} lies in (0, 1], not at {value}")
+        if self.max_error is not None and self.max_error < 0:
+            raise ValueError(f"max_error is not negative: {self.max_error}")
+        if self.multiple_of < 1 or self.damping < 0:
+            raise ValueError("multiple_of is at least 1, and damping at least 0")
+        if self.paper and (self.whiten or self.keep_variance is None or self.multiple_of != 1):
+            raise ValueError("paper goes with keep_variance, whiten=False and multiple_of=1")
+
+
+def svd(weight: Tensor, statistics: InputStatistics | None, options: SvdOptions) -> Rewritten:
+    """Factor `weight` where the factors take less than the weight itself.
+
+    Args:
+        weight: (out, in) = (m, n), floating point.
+        statistics: of the input, with its Hessian where `options.whiten`; else it may be None.
+
+    Returns:
+        `LowRank(Dense (m, r), Dense (r, n))` in the weight's dtype, or `Dense(weight)` where the factors
+        are not smaller. The report has `rank`, `full_rank`, `kept_variance` (in the criterion's metric),
+        `relative_error` (of the outputs, with the factors as stored; of the weight without a Hessian),
+        `damping` and `reason` (None, or why the weight stays dense: the other figures then tell of the
+        factors that were turned down).
+
+    Raises:
+        ValueError: if whitening is asked for without a Hessian, or the weight is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight holds NaN or infinity")
+    W = weight.double()
+    H = None if statistics is None or statistics.hessian is None else statistics.hessian.to(W)
+    if options.whiten and H is None:
+        raise ValueError("whitened svd needs the Hessian of the input (or whiten=False)")
+    U, used = _directions(W, H if options.whiten else None, options.damping)  # (m, k)
+    metric = H if options.whiten or options.max_error is not None else None
+    energies = _energies(U.T @ W, metric)  # (k,)
+    rank, reason = _rank(energies, W.shape, options)
+    m, n = W.shape
+    report: dict[str, Any] = {
+        "rank": rank,
+        "full_rank": min(m, n),
+        "kept_variance": _share(energies, rank),
+        "damping": used,
+        "reason": reason,
+    }
+    left, right = _factors(W, U[:, :rank], weight.dtype)
+    report["relative_error"] = relative_error(W, left.double() @ right.double(), H)
+    if reason is not None:
+        return Rewritten(Dense(weight), report)
+    return Rewritten(LowRank(Dense(left), Dense(right)), report)
+
+
+def relative_error(weight: Tensor, other: Tensor, hessian: Tensor | None) -> float:
+    """||(W - W') X|| / ||W X||, or ||W - W'|| / ||W|| without a Hessian; 0 where W X is zero."""
+    error = _energies(weight - other, hessian).sum()
+    total = _energies(weight, hessian).sum()
+    return float((error.clamp_min(0) / total).sqrt()) if float(total) > 0 else 0.0
+
+
+def closed_form_left(
+    weight: Tensor, right: Tensor, statistics: InputStatistics, damping: float = 1e-2
+) -> Tensor:
+    """The best `left` for a given `right`: A = W H B^T (B H B^T)^-1, of min ||(W - A B) X|| (SVD-LLM, eq. 6).
+
+    Args:
+        weight: W (m, n).
+        right: B (r, n), as it is stored (quantized, say).
+        statistics: of the input, with its Hessian.
+        damping: per channel, as in `svd`; times ten while B H B^T cannot be factored.
+
+    Returns:
+        A (m, r) in the weight's dtype.
+    """
+    W, B = weight.double(), right.to(weight.device, torch.float64)
+    H = damped(statistics.require_hessian().to(weight.device), damping)
+    factor, _ = damped_cholesky(B @ H @ B.T, 0.0)
+    return torch.cholesky_solve(B @ H @ W.T, factor).T.to(weight.dtype).contiguous()
+
+
+def _directions(W: Tensor, H: Tensor | None, damping: float) -> tuple[Tensor, float]:
+    """Orthonormal output directions (m, min(m, n)), the most energetic first; and the damping used."""
+    m, n = W.shape
+    if H is None:
+        U = torch.linalg.svd(W, full_matrices=False).U
+        return _fix_signs(U), 0.0
+    if m <= n:
+        G = W @ damped(H, damping) @ W.T
+        U = torch.linalg.eigh((G + G.T) / 2).eigenvectors.flip(1)
+        return _fix_signs(U), damping
+    L, used = damped_cholesky(H, damping)  # (n, n)
+    M = W @ L  # (m, n)
+    V = torch.linalg.eigh(M.T @ M).eigenvectors.flip(1)
+    # U S = M V; QR makes the columns orthonormal even where S is no more than rounding
+    return _fix_signs(torch.linalg.qr(M @ V).Q), used
+
+
+def _fix_signs(U: Tensor) -> Tensor:
+    """Each column with its largest entry positive: eigenvectors have no sign of their own."""
+    largest = U.abs().argmax(dim=0, keepdim=True)
+    return U * torch.where(U.gather(0, largest) < 0, -1.0, 1.0)
+
+
+def _energies(rows: Tensor, H: Tensor | None) -> Tensor:
+    """E[(row @ x)^2] of every row, or its squared norm without a Hessian; (rows,), float64."""
+    rows = rows.double()
+    return (rows.square() if H is None else (rows @ H.to(rows)) * rows).sum(1).clamp_min(0)
+
+
+def _share(energies: Tensor, rank: int) -> float:
+    total = float(energies.sum())
+    return float(energies[:rank].sum()) / total if total > 0 else 1.0
+
+
+def _rank(energies: Tensor, shape: torch.Size, options: SvdOptions) -> tuple[int, str | None]:
+    """The rank by the criterion, and why the weight is to stay dense (or None)."""
+    m, n = shape
+    full = min(m, n)
+    if options.ratio is not None:
+        rank = int(options.ratio * m * n / (m + n))
+        rank = rank // options.multiple_of * options.multiple_of
+    else:
+        share = options.keep_variance if options.keep_variance is not None else None
+        lost = 1 - share if share is not None else (options.max_error or 0.0) ** 2
+        tails = energies.flip(0).cumsum(0).flip(0)  # tails[r] is what rank r loses
+        # rounding alone must not cost a rank
+        rank = int((tails > lost * tails[:1] + 1e-13 * tails[:1]).sum())
+        rank = -(-rank // options.multiple_of) * options.multiple_of
+    rank = min(max(rank, 1), full)
+    if options.paper:
+        stored = max(0.1, 1 - rank / full)
+        rank = int((1 - stored) * full)
+        if rank / full > 0.8:
+            return rank, f"rank {rank} of {full} is above 0.8 of the full rank"
+    if rank * (m + n) >= m * n:
+        needed = f"rank {rank} of {full} would take more than the dense weight"
+        return rank, f"{needed} (break-even {m * n / (m + n):.0f})"
+    return rank, None
+
+
+def _factors(W: Tensor, U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """U and U^T W with one scalar moved between them, so that both have the same root mean square."""
+    right = U.T @ W
+    rms_left, rms_right = U.square().mean().sqrt(), right.square().mean().sqrt()
+    scale = torch.where(rms_right > 0, (rms_right / rms_left).sqrt(), torch.ones_like(rms_left))
+    return (U * scale).to(dtype).contiguous(), (right / scale).to(dtype).contiguous()
