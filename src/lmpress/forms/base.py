@@ -87,21 +87,26 @@ class Form(ABC):
 
 def form_from_description(description: Mapping[str, Any]) -> Form:
     """The empty form (meta device) that `description` tells of; ValueError where it tells of none."""
+    if not isinstance(description, Mapping):
+        raise ValueError(f"a description of a form is an object, not {description!r}")
     kind = description.get("form")
-    if kind not in FORMS:
+    if not isinstance(kind, str) or kind not in FORMS:
         raise ValueError(f"unknown form {kind!r}; known forms: {', '.join(sorted(FORMS))}")
     try:
         return FORMS[kind].from_description(description)
     except KeyError as missing:
         raise ValueError(f"the description of a {kind} form lacks {missing}") from missing
+    except TypeError as wrong:
+        raise ValueError(f"the description of a {kind} form is broken: {wrong}") from wrong
 
 
 def shape_of(description: Mapping[str, Any]) -> tuple[int, int]:
     """The checked `shape` of a description."""
-    rows, columns = description["shape"]
-    if not (isinstance(rows, int) and isinstance(columns, int) and rows >= 0 and columns >= 0):
-        raise ValueError(f"a shape is two whole numbers, not {description['shape']!r}")
-    return rows, columns
+    shape = description["shape"]
+    whole = isinstance(shape, list | tuple) and all(isinstance(size, int) and size >= 0 for size in shape)
+    if not whole or len(shape) != 2:
+        raise ValueError(f"a shape is two whole numbers, not {shape!r}")
+    return shape[0], shape[1]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

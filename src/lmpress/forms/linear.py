@@ -76,17 +76,33 @@ class CompressedLinear(FormHolder, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
         form = self.form
-        if self.runner is None or (torch.is_grad_enabled() and self._wants_gradient(input)):
+        run = self.runner or type(form).forward
+        if not torch.is_grad_enabled():
+            y = run(form, input)
+        elif any(p.requires_grad for p in self.form_parameters().values()):
             y = form.forward(input)
+        elif input.requires_grad:
+            y = cast(Tensor, _FrozenProduct.apply(input, form, run))  # type: ignore[no-untyped-call]
         else:
-            y = self.runner(form, input)
+            y = run(form, input)
         return y if self.bias is None else y + self.bias
-
-    def _wants_gradient(self, x: Tensor) -> bool:
-        return x.requires_grad or any(p.requires_grad for p in self.form_parameters().values())
 
     def reset_parameters(self) -> None:
         """Nothing to draw: a form comes with its tensors."""
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """y = x @ W.T for a form that is not trained: backward builds W anew, and no graph keeps it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, form: Form, run: Runner) -> Tensor:
+        ctx.form = form
+        return run(form, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient = gradients[0]  # (..., out)
+        return gradient @ ctx.form.dense(gradient.dtype), None, None
 
 
 class CompressedEmbedding(FormHolder):
@@ -95,7 +111,8 @@ class CompressedEmbedding(FormHolder):
     Args:
         form: the table.
         dtype: of the rows that come out; the model's, unless a loader says otherwise.
-        scale: what the rows are multiplied by (Gemma's embeddings are scaled), None for nothing.
+        scale: what the rows are multiplied by (Gemma's embeddings are scaled), None for nothing; it is kept
+            as `multiplier`.
     """
 
     def __init__(
@@ -108,7 +125,7 @@ class CompressedEmbedding(FormHolder):
         super().__init__()
         self.hold(form)
         self.dtype = dtype
-        self.scale = scale
+        self.multiplier = scale  # `scale` is the name of a grid's parameter
         self.padding_idx = padding_idx
 
     @property
@@ -124,7 +141,7 @@ class CompressedEmbedding(FormHolder):
     def forward(self, input: Tensor) -> Tensor:  # (...) -> (..., width)
         rows = self.form.rows(input).to(self.dtype)
         # Gemma multiplies by sqrt(width) rounded to the dtype of the table
-        return rows if self.scale is None else rows * torch.tensor(self.scale).to(rows)
+        return rows if self.multiplier is None else rows * torch.tensor(self.multiplier).to(rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # follow .to(dtype), .half(), ...

@@ -45,10 +45,7 @@ class Quantized(Form):
             bits: 2 to 8.
         """
         rows, columns = codes.shape
-        if scale.shape not in {(1, 1), (rows, 1)} and (
-            scale.shape[0] != rows or scale.shape[1] == 0 or columns % scale.shape[1]
-        ):
-            raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit codes of {(rows, columns)}")
+        _check_scale(tuple(scale.shape), (rows, columns))
         if zero is None:
             low, high = -(1 << bits - 1), 1 << bits - 1
             if codes.numel() and (int(codes.min()) < low or int(codes.max()) >= high):
@@ -103,9 +100,9 @@ class Quantized(Form):
         if zero is None:
             return codes
         rows, columns = self.shape
-        if zero.shape[0] == 1 or zero.shape[1] == 1:
+        if zero.shape[1] == 1:
             return codes - zero.to(dtype)
-        groups = codes.view(rows, zero.shape[1], -1) - zero.to(dtype)[:, :, None]
+        groups = codes.view(rows, zero.shape[1], self.group_size) - zero.to(dtype)[:, :, None]
         return groups.view(rows, columns)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -114,7 +111,8 @@ class Quantized(Form):
         if scale.shape[1] == 1:
             return (codes * scale).to(dtype)
         rows, columns = self.shape
-        return (codes.view(rows, scale.shape[1], -1) * scale[:, :, None]).view(rows, columns).to(dtype)
+        groups = codes.view(rows, scale.shape[1], self.group_size)
+        return (groups * scale[:, :, None]).view(rows, columns).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale.shape[1] == 1:  # scaling the few outputs is cheaper than scaling the many weights
@@ -158,8 +156,9 @@ class Quantized(Form):
         rows, columns = shape_of(description)
         bits, symmetric = int(description["bits"]), bool(description["symmetric"])
         scale_rows, scale_columns = description["scale_shape"]
-        if scale_rows not in (1, rows) or (scale_columns > 1 and columns % scale_columns):
-            raise ValueError(f"scales of shape {description['scale_shape']} do not fit {(rows, columns)}")
+        if not 2 <= bits <= 8:
+            raise ValueError(f"codes have 2 to 8 bits, not {bits}")
+        _check_scale((scale_rows, scale_columns), (rows, columns))
         scale = torch.empty(
             scale_rows, scale_columns, dtype=float_dtype(description["scale_dtype"]), device="meta"
         )
@@ -177,3 +176,11 @@ class Quantized(Form):
         sign = "int" if self.symmetric else "uint"
         kind = self.granularity
         return f"{sign}{self.bits}" if kind == "channel" else f"{sign}{self.bits}/{kind}"
+
+
+def _check_scale(scale: tuple[int, ...], codes: tuple[int, int]) -> None:
+    rows, columns = codes
+    if scale in {(1, 1), (rows, 1)}:
+        return
+    if len(scale) != 2 or scale[0] != rows or scale[1] < 1 or columns % scale[1]:
+        raise ValueError(f"scales of shape {scale} do not fit codes of {codes}")
