@@ -1,0 +1,194 @@
+"""The contract that every form is held to, over shapes, dtypes and nestings."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lmpress.forms import Dense, Form, LowRank, Quantized, Sum, form_from_description
+from tests.forms.strategies import Example, examples
+
+PROFILE = settings(max_examples=60, deadline=None)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Within `tolerance` of the largest entry: sums of terms that cancel have no smaller unit."""
+    assert actual.shape == expected.shape
+    unit = float(expected.abs().max()) if expected.numel() else 0.0
+    assert float((actual.double() - expected.double()).abs().max()) <= tolerance * max(unit, 1e-30)
+
+
+def magnitude(form: Form) -> Tensor:
+    """A bound of |partial results| for every entry: a nested form may cancel far below its parts."""
+    if isinstance(form, LowRank):
+        return magnitude(form.left) @ magnitude(form.right)
+    if isinstance(form, Sum):
+        return torch.stack([magnitude(term) for term in form.terms]).sum(0)
+    return form.dense(torch.float64).abs()
+
+
+@PROFILE
+@given(examples())
+def test_dense_is_the_definition(example: Example) -> None:
+    form, bound = example.form, magnitude(example.form) + 1e-30
+    assert form.shape == tuple(example.expected.shape)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
+        dense = form.dense(dtype)
+        assert dense.dtype == dtype
+        assert bool(((dense.double() - example.expected).abs() <= tolerance * bound.max()).all())
+
+
+@PROFILE
+@given(examples(), st.sampled_from([(), (3,), (2, 3)]))
+def test_forward_agrees_with_dense(example: Example, leading: tuple[int, ...]) -> None:
+    x = example.input(*leading)
+    bound = float((x.abs() @ magnitude(example.form).T).max())
+    y = example.form.forward(x)
+    assert y.shape == (*leading, example.form.shape[0])
+    assert float((y - x @ example.expected.T).abs().max()) <= 1e-12 * bound + 1e-30
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.06)):
+        low = example.form.forward(x.to(dtype))
+        assert low.dtype == dtype
+        reference = x.to(dtype).double() @ example.expected.T
+        assert float((low.double() - reference).abs().max()) <= tolerance * bound + 1e-30
+
+
+@PROFILE
+@given(examples())
+def test_num_bytes_are_the_bytes_in_the_file(example: Example) -> None:
+    blob = safetensors.torch.save(example.form.tensors())
+    (length,) = struct.unpack("<Q", blob[:8])
+    header = json.loads(blob[8 : 8 + length])
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    assert max(ends) == len(blob) - 8 - length == example.form.num_bytes
+    weights = example.form.shape[0] * example.form.shape[1]
+    assert example.form.bits_per_weight == pytest.approx(8 * max(ends) / weights)
+
+
+@PROFILE
+@given(examples())
+def test_description_rebuilds_the_form_bit_by_bit(example: Example) -> None:
+    form = example.form
+    text = json.dumps(form.describe())
+    empty = form_from_description(json.loads(text))
+    assert empty.shape == form.shape
+    assert json.dumps(empty.describe()) == text
+    assert empty.formula == form.formula
+    for (name, blank), (stored_name, stored) in zip(
+        empty.tensors().items(), form.tensors().items(), strict=True
+    ):
+        assert (name, blank.shape, blank.dtype) == (stored_name, stored.shape, stored.dtype)
+        assert blank.is_meta
+    loaded = empty.with_tensors(safetensors.torch.load(safetensors.torch.save(form.tensors())))
+    assert loaded.num_bytes == form.num_bytes
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(loaded.dense(dtype), form.dense(dtype))
+    x = example.input(4, dtype=torch.float32)
+    assert torch.equal(loaded.forward(x), form.forward(x))
+
+
+@PROFILE
+@given(examples(), st.data())
+def test_rows_are_those_of_dense(example: Example, data: st.DataObject) -> None:
+    rows = example.form.shape[0]
+    shape = data.draw(st.sampled_from([(), (1,), (5,), (2, 3), (0,)]))
+    index = torch.randint(0, rows, shape, generator=example.generator)
+    picked = example.form.rows(index)
+    assert picked.shape == (*shape, example.form.shape[1])
+    if picked.numel():
+        bound = float(magnitude(example.form).max())
+        assert float((picked.double() - example.expected[index]).abs().max()) <= 1e-5 * bound + 1e-30
+
+
+@PROFILE
+@given(examples())
+def test_rewrite_reaches_every_leaf_and_nothing_else(example: Example) -> None:
+    seen: list[Form] = []
+
+    def double(leaf: Form) -> Form:
+        seen.append(leaf)
+        return Dense(2 * leaf.dense(torch.float64))
+
+    same = example.form.rewrite(lambda leaf: leaf)
+    assert torch.equal(same.dense(), example.form.dense())
+    rewritten = example.form.rewrite(double)
+    assert rewritten.shape == example.form.shape
+    assert all(isinstance(leaf, Dense | Quantized) for leaf in seen)
+    names = " ".join(rewritten.tensors())
+    assert "codes" not in names
+    assert "zero" not in names
+
+
+@PROFILE
+@given(examples())
+def test_gradients_agree_with_autograd_on_dense(example: Example) -> None:
+    floats = {
+        name: tensor.double().requires_grad_()
+        for name, tensor in example.form.tensors().items()
+        if tensor.is_floating_point()
+    }
+    form = example.form.with_tensors(example.form.tensors() | floats)
+    x = example.input(2, 3).requires_grad_()
+    direction = torch.randn(2, 3, form.shape[0], dtype=torch.float64, generator=example.generator)
+    y = form.forward(x)
+    wanted = [x, *floats.values()]
+    fast = torch.autograd.grad((y * direction).sum(), wanted)
+    plain = torch.autograd.grad((x @ form.dense(torch.float64).T * direction).sum(), wanted)
+    bound = float((x.abs().max() * direction.abs().sum() * (1 + magnitude(form).max())).detach())
+    for a, b in zip(fast, plain, strict=True):
+        assert float((a - b).abs().sum()) <= 1e-11 * max(bound, float(b.abs().sum()))
+    assert any(bool((g != 0).any()) for g in fast) or not bool(example.expected.any())
+
+
+def test_gradient_of_the_scale_by_hand() -> None:
+    codes = torch.tensor([[1, 2, 3, 4], [0, 5, 6, 7]])
+    scale = torch.tensor([[0.5, 2.0], [1.0, 0.25]], requires_grad=True)
+    zero = torch.tensor([[1, 0], [2, 3]])
+    form = Quantized.from_codes(codes, scale.detach(), zero, 3)
+    form = form.with_tensors(form.tensors() | {"scale": scale})
+    x = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    form.forward(x).sum().backward()
+    # d y_i / d scale_ig = sum over the group of (code - zero) x
+    assert scale.grad is not None
+    assert scale.grad.tolist() == [[0 * 1 + 1 * 10, 300 + 4000], [-2 + 30, 300 + 4000]]
+
+
+@pytest.mark.parametrize(
+    ("description", "words"),
+    [
+        ({"form": "quantum", "shape": [1, 1]}, "unknown form 'quantum'"),
+        ({"shape": [1, 1]}, "unknown form None"),
+        ({"form": "dense", "shape": [1, 1]}, "lacks 'dtype'"),
+        ({"form": "dense", "shape": [1, -1], "dtype": "float32"}, "two whole numbers"),
+        ({"form": "dense", "shape": [1, 2, 3], "dtype": "float32"}, "two whole numbers"),
+        ({"form": "dense", "shape": "ab", "dtype": "float32"}, "two whole numbers"),
+        ({"form": "dense", "shape": [1, 1], "dtype": ["float32"]}, "is broken"),
+        ({"form": ["dense"]}, "unknown form"),
+        ({"form": "sum", "shape": [1, 1], "terms": 3}, "is broken"),
+        ({"form": "sum", "shape": [1, 1], "terms": [3]}, "is an object"),
+        ({"form": "dense", "shape": [1, 1], "dtype": "int8"}, "no floating-point type"),
+        ({"form": "sum", "shape": [1, 1], "terms": []}, "at least one term"),
+    ],
+)
+def test_a_broken_description_is_refused(description: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        form_from_description(description)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"bits": 9}, {"bits": 1}, {"scale_shape": [1, 2]}, {"scale_shape": [3, 3]}]
+)
+def test_a_broken_grid_is_refused(changed: dict[str, object]) -> None:
+    description = Quantized.from_codes(
+        torch.zeros(3, 4, dtype=torch.int8), torch.ones(3, 2), None, 4
+    ).describe()
+    form_from_description(description)
+    with pytest.raises(ValueError, match=r"bits|scales"):
+        form_from_description(description | changed)

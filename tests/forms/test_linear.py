@@ -1,0 +1,174 @@
+"""`CompressedLinear` and `CompressedEmbedding`: parameters, loading, moving, gradients, runners."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from lmpress.forms import CompressedEmbedding, CompressedLinear, Dense, Form, LowRank, Quantized
+from tests.forms.strategies import Example, examples
+
+GENERATOR = torch.Generator().manual_seed(7)
+
+
+def grid(bits: int = 4) -> Quantized:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (6, 16), generator=generator).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return Quantized.from_codes(codes, torch.rand(6, 2, generator=generator) + 0.5, None, bits)
+
+
+@settings(max_examples=30, deadline=None)
+@given(examples())
+def test_the_first_tensor_is_weight_and_loading_rebinds(example: Example) -> None:
+    form = example.form
+    module = CompressedLinear(form, torch.zeros(form.shape[0]))
+    names = list(form.tensors())
+    assert [*module.form_parameters()] == ["weight", *names[1:]]
+    state = module.state_dict()
+    assert next(iter(state)) == "weight"
+    assert state["weight"].shape == form.tensors()[names[0]].shape
+    assert not any(p.requires_grad for p in module.form_parameters().values())
+
+    blank = form.with_tensors({name: torch.zeros_like(t) for name, t in form.tensors().items()})
+    x = example.input(3, dtype=torch.float32)
+    with torch.no_grad():
+        for assign in (False, True):
+            other = CompressedLinear(copy.deepcopy(blank), torch.ones(form.shape[0]))
+            other.form.describe()  # binds to the blank parameters first
+            other.load_state_dict(state, assign=assign)
+            assert torch.equal(other(x), module(x))
+            assert torch.equal(other.form.dense(), form.dense())
+
+
+def test_a_form_from_a_description_is_loaded_into() -> None:
+    form = grid()
+    with torch.device("meta"):
+        module = CompressedLinear(type(form).from_description(form.describe()))
+    module.load_state_dict(CompressedLinear(form).state_dict(), assign=True)
+    assert torch.equal(module.form.dense(), form.dense())
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_dense_file_does_not_load_into_packed_shapes(bits: int) -> None:
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        CompressedLinear(grid(bits)).load_state_dict(
+            {"weight": torch.zeros(6, 16), "scale": torch.ones(6, 2)}
+        )
+
+
+def test_a_replaced_parameter_rebinds() -> None:
+    module = CompressedLinear(grid())
+    before = module.form.dense()
+    module.scale = nn.Parameter(2 * module.scale.data, requires_grad=False)
+    assert torch.equal(module.form.dense(), 2 * before)
+    module.scale.data.mul_(2)
+    assert torch.equal(module.form.dense(), 4 * before)
+
+
+def test_the_form_is_bound_once() -> None:
+    module = CompressedLinear(grid())
+    assert module.form is module.form
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_to_dtype_casts_scales_and_leaves_codes(dtype: torch.dtype) -> None:
+    module = CompressedLinear(grid(), torch.ones(6))
+    codes, scale = module.weight.data.clone(), module.scale.data.clone()
+    x = torch.randn(3, 16, generator=GENERATOR)
+    module.form.dense()  # bound before it moves
+    module.to(dtype)
+    assert module.weight.dtype == torch.uint8
+    assert torch.equal(module.weight, codes)
+    assert module.form.tensors()["scale"].dtype == module.bias.dtype == dtype
+    expected = x.double() @ grid().with_tensors({"codes": codes, "scale": scale.to(dtype)}).dense().double().T
+    y = module(x.to(dtype))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected + 1, rtol=0.05, atol=0.2)
+
+
+def test_a_copy_is_independent() -> None:
+    module = CompressedLinear(grid())
+    before = module.form.dense().clone()
+    twin = copy.deepcopy(module)
+    twin.scale.data.mul_(3)
+    assert torch.equal(module.form.dense(), before)
+    torch.testing.assert_close(twin.form.dense(), 3 * before)
+
+
+def test_hold_swaps_the_tensors() -> None:
+    module = CompressedLinear(grid(), torch.ones(6))
+    left, right = torch.randn(4, 2, generator=GENERATOR), torch.randn(2, 16, generator=GENERATOR)
+    module.hold(LowRank(Dense(left), Dense(right)))
+    assert set(module.state_dict()) == {"weight", "right_weight", "bias"}
+    assert (module.out_features, module.in_features) == (4, 16)
+    torch.testing.assert_close(module.form.dense(), left @ right)
+
+
+def test_it_is_an_nn_linear_with_a_bias() -> None:
+    weight, bias = torch.randn(6, 16, generator=GENERATOR), torch.randn(6, generator=GENERATOR)
+    x = torch.randn(2, 3, 16, generator=GENERATOR)
+    module = CompressedLinear(Dense(weight), bias)
+    assert isinstance(module, nn.Linear)
+    torch.testing.assert_close(module(x), torch.nn.functional.linear(x, weight, bias))
+    module.reset_parameters()
+    assert torch.equal(module.weight, weight)
+
+
+def test_the_runner_serves_inference_and_the_form_serves_gradients() -> None:
+    calls: list[str] = []
+
+    def runner(form: Form, x: Tensor) -> Tensor:
+        calls.append("runner")
+        return x @ form.dense().T
+
+    module = CompressedLinear(grid(), runner=runner)
+    x = torch.randn(3, 16, generator=GENERATOR)
+    reference = module(x)
+    assert calls == ["runner"]
+    with torch.no_grad():
+        module(x.requires_grad_())
+    assert calls == ["runner"] * 2
+    y = module(x)
+    assert calls == ["runner"] * 2
+    torch.testing.assert_close(y, reference)
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, grid().dense().sum(0).expand(3, -1))
+
+
+def test_a_trained_scale_gets_its_gradient_through_the_module() -> None:
+    module = CompressedLinear(grid(), runner=lambda form, x: x @ form.dense().detach().T)
+    module.scale.requires_grad_()
+    x = torch.randn(5, 16, generator=GENERATOR)
+    module(x).sum().backward()
+    scale = module.scale.detach().clone().requires_grad_()
+    codes = grid().codes().float()
+    (x @ (codes * scale.repeat_interleave(8, dim=1)).T).sum().backward()
+    assert module.scale.grad is not None
+    assert scale.grad is not None
+    torch.testing.assert_close(module.scale.grad, scale.grad)
+
+
+@settings(max_examples=30, deadline=None)
+@given(examples(depth=1))
+def test_embedding_looks_rows_up(example: Example) -> None:
+    module = CompressedEmbedding(example.form)
+    rows = example.form.shape[0]
+    index = torch.randint(0, rows, (2, 4), generator=example.generator)
+    torch.testing.assert_close(module(index), example.form.dense()[index])
+    assert (module.num_embeddings, module.embedding_dim) == example.form.shape
+    assert next(iter(module.state_dict())) == "weight"
+
+
+def test_embedding_follows_the_dtype_and_scales_as_gemma_does() -> None:
+    table = torch.randn(5, 16, generator=GENERATOR)
+    module = CompressedEmbedding(Dense(table), scale=16**0.5 + 0.001).to(torch.bfloat16)
+    index = torch.tensor([[0, 4]])
+    out = module(index)
+    assert out.dtype == module.dtype == torch.bfloat16
+    rounded = torch.tensor(16**0.5 + 0.001, dtype=torch.bfloat16)
+    assert torch.equal(out, table.bfloat16()[index] * rounded)
