@@ -93,7 +93,9 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         raise RequestError(f"{path} is missing") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError, AttributeError):
-        raise RequestError(f"{path} is no safetensors file, or its header is broken: fetch it again") from None
+        raise RequestError(
+            f"{path} is no safetensors file, or its header is broken: fetch it again"
+        ) from None
     if 8 + length + end != size:
         raise RequestError(f"{path} is truncated: {size} bytes instead of {8 + length + end}; fetch it again")
     return header
@@ -119,7 +121,7 @@ def shard_paths(directory: Path) -> list[Path]:
         return [directory / SINGLE]
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
         raise RequestError(
-            f"{directory} holds pickled weights, which lmpress does not open; convert them to safetensors first"
+            f"{directory} holds pickled weights, which lmpress does not open; convert them to safetensors"
         )
     raise RequestError(f"{directory} has no weights: no {SINGLE} and no {INDEX}")
 

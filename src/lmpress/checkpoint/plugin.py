@@ -60,7 +60,7 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
         version = self.quantization_config.version
         if version > FORMAT_VERSION:
             raise LmpressError(
-                f"this checkpoint has format {version}, and this lmpress reads up to {FORMAT_VERSION}: upgrade lmpress"
+                f"this checkpoint has format {version}, and this lmpress reads {FORMAT_VERSION}: upgrade it"
             )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

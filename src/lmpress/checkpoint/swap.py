@@ -92,10 +92,8 @@ def densify(model: Any, dtype: torch.dtype) -> None:
             continue
         stock = plain.get_submodule(name)
         weight = _padded(module.form.dense(dtype), cast(Tensor, stock.weight).shape)
-        replacement = stock.to_empty(device=weight.device)
+        replacement = stock  # its buffers are real, and its parameters come now
         replacement.weight = nn.Parameter(weight, requires_grad=False)
-        if isinstance(module, CompressedEmbedding):
-            _restore_scale(replacement, module, dtype)
         bias = getattr(module, "bias", None)
         if bias is not None:
             bias = _padded(bias.data.to(dtype), cast(Tensor, stock.bias).shape)
@@ -114,7 +112,7 @@ def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
             _cast_leaves(module, dtype, done)
             if isinstance(module, CompressedEmbedding):
                 module.dtype = dtype
-        for name, parameter in list(module._parameters.items()):
+        for parameter in list(module._parameters.values()):
             if parameter is None or id(parameter) in held or not parameter.is_floating_point():
                 continue
             if parameter.dtype != dtype:
@@ -153,10 +151,14 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"the model has no module {name}") from None
 
 
-def _embedding(old: nn.Embedding | CompressedEmbedding, form: Form, dtype: torch.dtype) -> CompressedEmbedding:
+def _embedding(
+    old: nn.Embedding | CompressedEmbedding, form: Form, dtype: torch.dtype
+) -> CompressedEmbedding:
     if isinstance(old, CompressedEmbedding):
         return CompressedEmbedding(form, dtype, old.scale, old.padding_idx)
-    scale = getattr(old, "scalar_embed_scale", None)  # Gemma 3 scales the rows that come out
+    scale = cast(
+        "float | None", getattr(old, "scalar_embed_scale", None)
+    )  # Gemma 3 scales the rows that come out
     return CompressedEmbedding(form, dtype, scale, old.padding_idx)
 
 
@@ -176,8 +178,3 @@ def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
     full = tensor.new_zeros(shape)
     full[tuple(slice(0, n) for n in tensor.shape)] = tensor
     return full
-
-
-def _restore_scale(stock: nn.Module, old: CompressedEmbedding, dtype: torch.dtype) -> None:
-    if old.scale is not None:
-        stock.embed_scale = torch.tensor(old.scale, dtype=dtype)

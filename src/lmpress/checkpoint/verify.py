@@ -22,7 +22,7 @@ def is_compressed(directory: Path) -> bool:
 
 
 def plan_of(directory: Path) -> dict[str, Form]:
-    """The empty forms (meta device) of a checkpoint, by module name. RequestError where the plan is broken."""
+    """The empty forms (meta device) of a checkpoint, by module. RequestError where the plan is broken."""
     config = read_json(directory / "config.json")
     plan = config.get("quantization_config", {}).get("plan", {})
     forms: dict[str, Form] = {}
@@ -60,9 +60,13 @@ def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
     for shard in shards:
         known = files.get(shard.name)
         if known is None:
-            raise RequestError(f"{directory / MANIFEST} does not know {shard.name}: the checkpoint was changed")
+            raise RequestError(
+                f"{directory / MANIFEST} does not know {shard.name}: the checkpoint was changed"
+            )
         if known["bytes"] != shard.stat().st_size:
-            raise RequestError(f"{shard} has {shard.stat().st_size} bytes instead of {known['bytes']}; fetch it again")
+            raise RequestError(
+                f"{shard} has {shard.stat().st_size} bytes instead of {known['bytes']}; fetch it again"
+            )
         if full and sha256_file(shard) != known["sha256"]:
             raise RequestError(f"{shard} is not what was written (its sha256 differs); fetch it again")
     _check_plan(directory, {k: v for header in headers.values() for k, v in header.items()})

@@ -1,0 +1,34 @@
+"""Recipe + model -> plan; the block stream; the journal that survives a crash."""
+
+from lmpress.pipeline.assemble import CALIBRATION, assemble, discard, publish, remove_stale
+from lmpress.pipeline.calibration import CalibrationText, calibration_text, load_dense
+from lmpress.pipeline.journal import WORK, Journal
+from lmpress.pipeline.plan import ModulePlan, Plan, make_plan
+from lmpress.pipeline.run import Run, RunOptions, sizes
+from lmpress.pipeline.source import GgufSource, ModelSource, SafetensorsSource, open_source
+from lmpress.pipeline.stream import BlockStream, Gathered
+
+__all__ = [
+    "CALIBRATION",
+    "WORK",
+    "BlockStream",
+    "CalibrationText",
+    "Gathered",
+    "GgufSource",
+    "Journal",
+    "ModelSource",
+    "ModulePlan",
+    "Plan",
+    "Run",
+    "RunOptions",
+    "SafetensorsSource",
+    "assemble",
+    "calibration_text",
+    "discard",
+    "load_dense",
+    "make_plan",
+    "open_source",
+    "publish",
+    "remove_stale",
+    "sizes",
+]

@@ -15,7 +15,6 @@ from pydantic import Field, ValidationError
 from lmpress.errors import RequestError
 from lmpress.recipes.steps import STEPS, PruneNeurons, Quantize, Recover, Step, Strict, Svd, options_of
 
-
 T = TypeVar("T", bound=Strict)
 
 
@@ -49,7 +48,7 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        return str(yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True))
 
 
 def load_recipe(name_or_path: str | Path | Recipe | Mapping[str, Any]) -> Recipe:

@@ -135,7 +135,7 @@ class Svd(LeafStep):
 
 
 class PruneNeurons(Step):
-    """Structured removal of MLP neurons: SPQ's rule (arXiv 2602.18420) or the exact removal loss (2302.04089).
+    """Structured removal of MLP neurons: SPQ's rule (arXiv 2602.18420) or the exact loss (2302.04089).
 
     Attributes:
         max_ratio: the most that a layer loses under `allocation: activation`.
@@ -157,7 +157,9 @@ class PruneNeurons(Step):
         if self.min_ratio > self.max_ratio:
             raise ValueError(f"min_ratio {self.min_ratio} is above max_ratio {self.max_ratio}")
         if self.allocation == "activation" and self.ratio is not None:
-            raise ValueError("allocation: activation takes min_ratio and max_ratio; ratio is for uniform and loss")
+            raise ValueError(
+                "allocation: activation takes min_ratio and max_ratio; `ratio` is for the others"
+            )
         if self.allocation != "activation" and self.ratio is None:
             raise ValueError(f"allocation: {self.allocation} takes the share to remove as `ratio`")
         return self

@@ -1,0 +1,39 @@
+"""The hidden states between two blocks, in memory or, past a budget, in a file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Activations:
+    """Hidden states (samples, seq_len, width) in float32, read and overwritten batch by batch.
+
+    Args:
+        shape: (samples, seq_len, width).
+        budget: bytes that may be kept in memory; larger ones are mapped from a file.
+        directory: where that file is made; it is deleted when the object goes.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], budget: int | None, directory: Path) -> None:
+        size = 4 * shape[0] * shape[1] * shape[2]
+        self._file: tempfile._TemporaryFileWrapper[bytes] | None = None
+        if budget is None or size <= budget:
+            self._data = torch.empty(shape)
+        else:
+            self._file = tempfile.NamedTemporaryFile(dir=directory, prefix="activations-")  # noqa: SIM115
+            self._data = torch.from_file(self._file.name, shared=True, size=size // 4).view(shape)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the states are mapped from a file."""
+        return self._file is not None
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._data[rows]
+
+    def __setitem__(self, rows: slice, states: Tensor) -> None:
+        self._data[rows] = states.to(self._data)

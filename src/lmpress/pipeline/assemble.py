@@ -1,0 +1,112 @@
+"""From finished shards to a checkpoint that transformers loads: config, index, tokenizer, manifest, card."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lmpress.checkpoint import (
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    METHOD,
+    read_header,
+    sha256_file,
+    sync_directory,
+    write_bytes,
+    write_json,
+)
+from lmpress.checkpoint.card import model_card
+from lmpress.pipeline.source import ModelSource
+from lmpress.version import __version__
+
+CALIBRATION = "calibration.safetensors"
+"""The token ids that calibration and recovery saw, kept so that evaluation can refuse them."""
+
+
+def assemble(
+    source: ModelSource,
+    directory: Path,
+    plan: dict[str, dict[str, Any]],
+    manifest: dict[str, Any],
+) -> dict[str, Any]:
+    """Write all that goes beside the shards into `directory`; equal inputs give equal bytes.
+
+    Args:
+        plan: the description of every compressed module's form.
+        manifest: what the run has to tell; the environment and the files are added here.
+
+    Returns:
+        The manifest as written.
+    """
+    write_json(directory / "config.json", _config(source, plan))
+    shards = sorted(directory.glob("model-*.safetensors"))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in shards:
+        header = read_header(shard)
+        weight_map |= dict.fromkeys(header, shard.name)
+        total += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
+    write_json(
+        directory / INDEX,
+        {"metadata": {"total_size": total}, "weight_map": {k: weight_map[k] for k in sorted(weight_map)}},
+    )
+    source.copy_tokenizer(directory)
+    hashed = [*shards, *([directory / CALIBRATION] if (directory / CALIBRATION).is_file() else [])]
+    manifest = {
+        "lmpress": __version__,
+        **manifest,
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in hashed},
+    }
+    write_json(directory / MANIFEST, manifest)
+    write_bytes(directory / "README.md", model_card(manifest).encode())
+    return manifest
+
+
+def publish(staging: Path, output: Path) -> None:
+    """Move a finished checkpoint to where the user wants it; may be repeated after a crash.
+
+    Weights that an older checkpoint left in `output` and the new one does not have are removed; other
+    files are left alone.
+    """
+    new = {path.name for path in staging.iterdir()} if staging.is_dir() else set()
+    for name in sorted(new, key=lambda name: (name == "config.json", name)):  # the config makes it loadable
+        os.replace(staging / name, output / name)
+    sync_directory(output)
+
+
+def remove_stale(output: Path, keep: set[str]) -> None:
+    """Remove weight files that the checkpoint in `output` does not name."""
+    for path in output.glob("*.safetensors"):
+        if path.name not in keep:
+            path.unlink()
+    single = output / "model.safetensors.index.json"
+    if INDEX not in keep and single.is_file():
+        single.unlink()
+
+
+def discard(work: Path) -> None:
+    """Delete the work directory."""
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _config(source: ModelSource, plan: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(source.config.to_json_string(use_diff=True))
+    for key in ("_name_or_path", "torch_dtype", "quantization_config"):
+        config.pop(key, None)
+    config["architectures"] = [type(source.skeleton).__name__]
+    config["dtype"] = str(source.dtype).removeprefix("torch.")
+    config["quantization_config"] = {"quant_method": METHOD, "version": FORMAT_VERSION, "plan": plan}
+    return config

@@ -1,0 +1,78 @@
+"""The text that the methods look at, and the record of it that goes into the manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmpress.corpora import calibration_windows, fingerprint, generate_text, load_corpus
+from lmpress.errors import RequestError
+from lmpress.families import skeleton
+from lmpress.pipeline.source import ModelSource
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token windows and where they come from.
+
+    Attributes:
+        windows: token ids (samples, seq_len).
+        record: name, split, sha256, tokens, ids_sha256, for the manifest.
+    """
+
+    windows: Tensor
+    record: dict[str, Any]
+
+
+def calibration_text(
+    spec: str, source: ModelSource, samples: int, seq_len: int, seed: int, device: str = "cpu"
+) -> CalibrationText:
+    """Windows from a corpus, or, for `self`, written by the model.
+
+    Args:
+        spec: a corpus name, a file, several of them joined by commas, or `self`.
+
+    Raises:
+        RequestError: an unknown or unreachable corpus, too little text, a window beyond the model's context.
+    """
+    context = getattr(source.config, "max_position_embeddings", None)
+    if context is not None and seq_len > context:
+        raise RequestError(
+            f"calibration windows of {seq_len} tokens are longer than the model's context of {context}; "
+            f"lower seq_len in the recipe"
+        )
+    tokenizer = source.tokenizer()
+    if spec == "self":
+        model = load_dense(source, torch.float32, device)
+        windows = generate_text(model, tokenizer, samples, seq_len, seed).cpu()
+        record: dict[str, Any] = {"name": "self", "split": "generated", "sha256": fingerprint(windows)}
+    else:
+        parts = [load_corpus(part.strip()) for part in spec.split(",") if part.strip()]
+        shares = [samples // len(parts) + (i < samples % len(parts)) for i in range(len(parts))]
+        drawn = [
+            calibration_windows(corpus, tokenizer, share, seq_len, seed + i)
+            for i, (corpus, share) in enumerate(zip(parts, shares, strict=True))
+            if share
+        ]
+        windows = torch.cat(drawn)
+        record = {
+            "name": ", ".join(corpus.name for corpus in parts),
+            "split": ", ".join(corpus.split for corpus in parts),
+            "sha256": ", ".join(corpus.sha256 for corpus in parts),
+        }
+    record |= {"samples": samples, "seq_len": seq_len, "seed": seed}
+    return CalibrationText(windows, record | {"tokens": windows.numel(), "ids_sha256": fingerprint(windows)})
+
+
+def load_dense(source: ModelSource, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """The whole dense model in memory: only for what cannot be streamed, such as writing text."""
+    model = skeleton(source.config, dtype)
+    state = {name: tensor.to(dtype) for name, tensor in source.read(source.names).items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.to(device).eval()

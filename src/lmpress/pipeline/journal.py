@@ -1,0 +1,92 @@
+"""What is finished survives a crash: data, fsync, rename, and only then a line in the journal."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lmpress.checkpoint import sha256_file, sync_directory
+
+WORK = ".lmpress-work"
+"""The directory inside the output that holds what is not finished."""
+
+
+class Journal:
+    """An append-only file of JSON lines; the first names the run by its fingerprint.
+
+    Args:
+        directory: where the journal and the finished shards live.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / "journal.jsonl"
+        self.entries: list[dict[str, Any]] = []
+
+    def start(self, fingerprint: str) -> None:
+        """Begin a new journal; an old one is gone."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self.path.unlink()
+        self.entries = []
+        self.append({"fingerprint": fingerprint})
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Record that something is finished; what it speaks of has to be on the disk by now."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(self.directory)
+        self.entries.append(entry)
+
+    def open(self) -> str | None:
+        """Read what is there; the fingerprint of the run, or None where there is no usable journal.
+
+        A last line that was torn by a crash is cut off. Entries after a shard that is missing or
+        damaged do not count, and are cut off too.
+        """
+        if not self.path.is_file():
+            return None
+        good: list[dict[str, Any]] = []
+        length = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or not isinstance(entry, dict) or not self._holds(entry):
+                break
+            good.append(entry)
+            length += len(line)
+        if not good or "fingerprint" not in good[0]:
+            return None
+        with open(self.path, "r+b") as file:
+            file.truncate(length)
+            os.fsync(file.fileno())
+        self.entries = good
+        return str(good[0]["fingerprint"])
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """The last entry that has `key`."""
+        return next((entry for entry in reversed(self.entries) if key in entry), None)
+
+    def blocks(self) -> list[dict[str, Any]]:
+        """The finished blocks, in order from the first."""
+        return [entry for entry in self.entries if "block" in entry]
+
+    def _holds(self, entry: dict[str, Any]) -> bool:
+        """Whether the file that an entry speaks of is what it was."""
+        if "file" not in entry:
+            return True
+        for place in (self.directory, self.directory.parent):  # a shard may have been published already
+            path = place / entry["file"]
+            if (
+                path.is_file()
+                and path.stat().st_size == entry["bytes"]
+                and sha256_file(path) == entry["sha256"]
+            ):
+                return True
+        return False

@@ -1,0 +1,210 @@
+"""One block: its sites in order, each gathered behind what the sites before it have become."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lmpress.families import Layout, Site
+from lmpress.forms import CompressedLinear, Dense, Form
+from lmpress.methods.neuron_pruning import NeuronOptions, prune_neurons
+from lmpress.methods.result import Rewritten
+from lmpress.pipeline.plan import ModulePlan, Plan
+from lmpress.pipeline.stream import BlockStream, Gathered
+from lmpress.recipes import LeafContext, LeafStep, PruneNeurons, in_storage
+
+
+@dataclass
+class BlockResult:
+    """What one block became.
+
+    Attributes:
+        forms: by linear (relative name), for the linears that a step touched.
+        report: by linear, JSON-able; and "neurons" where some were pruned.
+    """
+
+    forms: dict[str, Form] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def rewrite_block(
+    block: nn.Module, name: str, layout: Layout, plan: Plan, stream: BlockStream | None, width: int | None
+) -> BlockResult:
+    """Apply the plan to one block, in place.
+
+    Args:
+        block: its real modules, in float32; afterwards every touched linear is a `CompressedLinear`, and
+            every weight has the value that will be stored.
+        name: the block's full name, such as "model.layers.3".
+        stream: the calibration text in front of this block; None where no step needs any.
+        width: neurons to keep, or None.
+    """
+    result = BlockResult()
+    prune = plan.recipe.steps[plan.neurons] if plan.neurons is not None else None
+    for site in layout.sites:
+        if isinstance(prune, PruneNeurons) and width is not None and layout.neurons.inputs[0] in site.linears:
+            _prune(block, layout, prune, stream, width, result)
+        modules = {linear: plan.modules[f"{name}.{linear}"] for linear in site.linears}
+        if any(module.steps for module in modules.values()):
+            _rewrite_site(block, name, site, modules, plan, stream, result)
+    _settle(block, layout, plan.dtype, result)
+    return result
+
+
+def current_form(module: nn.Module) -> Form:
+    """The form that a linear holds: its own, or its dense weight."""
+    if isinstance(module, CompressedLinear):
+        return module.form
+    return Dense(cast(Tensor, module.weight).data)
+
+
+def set_form(block: nn.Module, linear: str, form: Form, bias: Tensor | None = None) -> None:
+    """Let `linear` run `form`; its bias stays unless another one is given."""
+    old = block.get_submodule(linear)
+    kept = cast("Tensor | None", old.bias)
+    bias = bias if bias is not None else (None if kept is None else kept.data)
+    if isinstance(old, CompressedLinear) and bias is None:
+        old.hold(form)
+    else:
+        block.set_submodule(linear, CompressedLinear(form, bias))
+
+
+def _rewrite_site(
+    block: nn.Module,
+    name: str,
+    site: Site,
+    modules: Mapping[str, ModulePlan],
+    plan: Plan,
+    stream: BlockStream | None,
+    result: BlockResult,
+) -> None:
+    steps = [plan.recipe.steps[i] for module in modules.values() for i in module.steps]
+    gathered: Gathered | None = None
+    if stream is not None:
+        hessian = any(step.needs_hessian for step in steps)
+        gathered = stream.gather(block, {site: hessian})[0][site.name]
+    for linear, module in modules.items():
+        if not module.steps:
+            continue
+        form = before = current_form(block.get_submodule(linear))
+        reports = []
+        for index in module.steps:
+            step = plan.recipe.steps[index]
+            assert isinstance(step, LeafStep)
+            context = LeafContext(module.granularity.get(index), _seed(plan.recipe.seed, f"{name}.{linear}"))
+            rewritten = step.rewrite(form, None if gathered is None else gathered.statistics, context)
+            form = rewritten.form
+            reports.append({"step": step.kind} | rewritten.report)
+        form = store(form, plan.dtype)
+        set_form(block, linear, form)
+        result.forms[linear] = form
+        result.report[linear] = _report(before, form, gathered, reports)
+
+
+def _prune(
+    block: nn.Module,
+    layout: Layout,
+    step: PruneNeurons,
+    stream: BlockStream | None,
+    width: int,
+    result: BlockResult,
+) -> None:
+    neurons = layout.neurons
+    output = block.get_submodule(neurons.output)
+    total = current_form(output).shape[1]
+    if width >= total:
+        result.report["neurons"] = {"kept": total, "removed": 0}
+        return
+    assert stream is not None
+    site = layout.site_of(neurons.output)
+    signal = neurons.signal if step.importance == "activation" else None
+    gathered, activation = stream.gather(block, {site: step.needs_hessian}, signal)
+    bias = cast("Tensor | None", output.bias)
+    choice = prune_neurons(
+        current_form(output).dense(),
+        gathered[site.name].statistics,
+        width,
+        NeuronOptions(importance=step.importance, compensate=step.compensate),
+        activation=activation,
+        output_bias=None if bias is None else bias.data,
+    )
+    for linear in neurons.inputs:
+        module = block.get_submodule(linear)
+        rows = current_form(module).dense()[choice.keep]
+        its_bias = cast("Tensor | None", module.bias)
+        kept = None if its_bias is None else its_bias.data[choice.keep]
+        set_form(block, linear, Dense(rows), kept)
+        result.forms[linear] = Dense(rows)
+        result.report[linear] = _plain_report(Dense(rows))
+    shifted = None if bias is None or choice.bias_delta is None else bias.data + choice.bias_delta.to(bias)
+    set_form(block, neurons.output, Dense(choice.output), shifted)
+    result.forms[neurons.output] = Dense(choice.output)
+    result.report[neurons.output] = _plain_report(Dense(choice.output))
+    result.report["neurons"] = choice.report
+
+
+def store(form: Form, dtype: torch.dtype) -> Form:
+    """The form with its dense leaves as they are stored."""
+
+    def rewriter(leaf: Form) -> Form:
+        return Dense(in_storage(leaf.weight, dtype)) if isinstance(leaf, Dense) else leaf
+
+    return form.rewrite(rewriter)
+
+
+def _settle(block: nn.Module, layout: Layout, dtype: torch.dtype, result: BlockResult) -> None:
+    """Give every linear of the block the value that will be stored."""
+    for linear in layout.linears:
+        module = block.get_submodule(linear)
+        if isinstance(module, CompressedLinear):
+            form = store(module.form, dtype)
+            set_form(block, linear, form)
+            result.forms[linear] = form
+            result.report[linear] |= {"form": form.formula, "bytes": form.num_bytes}
+        else:
+            weight = cast(nn.Parameter, module.weight)
+            weight.data = in_storage(weight.data, dtype).to(weight.dtype)
+
+
+def _report(
+    before: Form, form: Form, gathered: Gathered | None, steps: list[dict[str, Any]]
+) -> dict[str, Any]:
+    W, error = before.dense(), before.dense() - form.dense()
+    report = _plain_report(form)
+    if gathered is None:
+        report["relative_weight_error"] = _ratio(error, W)
+    else:
+        x = gathered.sample
+        report["relative_output_error"] = _ratio(x @ error.T, x @ W.T)
+    return report | {"steps": steps}
+
+
+def _plain_report(form: Form) -> dict[str, Any]:
+    return {"form": form.formula, "shape": list(form.shape), "bytes": form.num_bytes}
+
+
+def _ratio(error: Tensor, whole: Tensor) -> float:
+    return round(float(error.norm() / whole.norm().clamp_min(1e-30)), 6)
+
+
+def _seed(seed: int, name: str) -> int:
+    """The same for the same module in every run, different for different modules."""
+    return (seed * 1_000_003 + zlib.crc32(name.encode())) & 0x7FFFFFFF
+
+
+def rewrite_outer(form: Form, module: ModulePlan, plan: Plan) -> Rewritten:
+    """Apply the plan to an embedding or a head: no text is looked at."""
+    before, reports = form, []
+    for index in module.steps:
+        step = plan.recipe.steps[index]
+        assert isinstance(step, LeafStep)
+        rewritten = step.rewrite(form, None, LeafContext(module.granularity.get(index)))
+        form = rewritten.form
+        reports.append({"step": step.kind} | rewritten.report)
+    form = store(form, plan.dtype)
+    return Rewritten(form, _report(before, form, None, reports))

@@ -1,0 +1,300 @@
+"""A run: source + recipe + text -> a checkpoint, block by block, resumable at every block."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lmpress.checkpoint import MANIFEST, read_header, read_json, sha256_file, write_tensors
+from lmpress.errors import LmpressError, RequestError
+from lmpress.forms import Dense, Form
+from lmpress.pipeline.assemble import CALIBRATION, assemble, discard
+from lmpress.pipeline.blocks import (
+    Descriptions,
+    block_tensors,
+    dense_block,
+    outer_tensors,
+    restored_block,
+    restored_outer,
+)
+from lmpress.pipeline.calibration import CalibrationText, calibration_text
+from lmpress.pipeline.journal import WORK, Journal
+from lmpress.pipeline.plan import Plan, make_plan
+from lmpress.pipeline.rewriting import rewrite_block, rewrite_outer
+from lmpress.pipeline.source import ModelSource
+from lmpress.pipeline.stream import BlockStream
+from lmpress.pipeline.survey import needs_survey, survey_widths, uniform_widths
+from lmpress.progress import note, track
+from lmpress.recipes import Recipe
+from lmpress.version import __version__
+
+STAGING = "checkpoint"
+"""Below the work directory: what will be published, and nothing else."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes, but for what decides its result.
+
+    Attributes:
+        calibration: a corpus name, a file, several joined by commas, or `self`.
+        device: where the mathematics happens.
+        memory: bytes that the run may use for hidden states, None for no limit.
+        resume: go on where an interrupted run stopped.
+        force: overwrite an earlier checkpoint.
+    """
+
+    calibration: str = "self"
+    device: str = "cpu"
+    memory: int | None = None
+    resume: bool = False
+    force: bool = False
+
+
+@dataclass
+class Run:
+    """One compression, from an open source to the staged checkpoint."""
+
+    source: ModelSource
+    recipe: Recipe
+    output: Path
+    options: RunOptions
+    plan: Plan = field(init=False)
+    journal: Journal = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = make_plan(self.recipe, self.source)
+        self.work = self.output / WORK
+        self.staging = self.work / STAGING
+        self.journal = Journal(self.work)
+        self.device = torch.device(self.options.device)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the result: model, recipe, calibration text, version."""
+        spec = self.options.calibration
+        if spec != "self":
+            parts = [part.strip().removeprefix("file:") for part in spec.split(",")]
+            spec = ",".join(sha256_file(Path(p)) if Path(p).is_file() else p for p in parts)
+        decided = {
+            "model": self.source.fingerprint,
+            "recipe": self.recipe.resolved(),
+            "calibration": spec,
+            "version": __version__,
+        }
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+    def prepare(self) -> bool:
+        """Look at the output directory; whether there is anything left to do.
+
+        Raises:
+            RequestError: the directory is in use, and neither resume nor force was asked for.
+        """
+        check_output(self.output, self.source, self.options)
+        fingerprint = self.fingerprint
+        if self.options.resume:
+            found = self.journal.open()
+            finished = _finished_fingerprint(self.output)
+            if found == fingerprint:
+                done, blocks = len(self.journal.blocks()), self.source.layout.num_blocks
+                note(f"Resuming: {done} of {blocks} blocks are done")
+                self.staging.mkdir(parents=True, exist_ok=True)
+                return True
+            if found is None and finished == fingerprint:
+                note(f"{self.output} is finished already")
+                return False
+            if found is not None or finished is not None:
+                raise RequestError(
+                    f"{self.output} holds a run of another model, recipe, calibration or version; "
+                    "name another directory, or overwrite it with --force"
+                )
+        discard(self.work)
+        self.staging.mkdir(parents=True)
+        self.journal.start(fingerprint)
+        return True
+
+    def execute(self) -> dict[str, Any]:
+        """Compress, and stage the checkpoint in the work directory. Returns its manifest."""
+        if self.journal.find("publishing"):
+            return dict(read_json(self._staged(MANIFEST)))
+        text = self._text() if self.plan.needs_text else None
+        outer = self._outer()
+        widths = self._widths(text)
+        stream = self._stream(text)
+        blocks = self.source.layout.num_blocks
+        done = {entry["block"]: entry for entry in self.journal.blocks()}
+        for i in track(range(blocks), f"Compressing {self.source.name} with {self.recipe.name}"):
+            if stream is not None:
+                stream.at_block(i)
+            entry = done.get(i) or self._block(i, stream, None if widths is None else widths[i])
+            if stream is not None and i + 1 < blocks:
+                shard = self.staging / entry["file"]
+                stream.advance(restored_block(self.source, i, shard, entry["plan"], self.device))
+        entries = [outer, *self.journal.blocks()]
+        return self._assemble(entries, text)
+
+    def _text(self) -> CalibrationText:
+        """The calibration windows; made once, kept for a resumed run and for the manifest."""
+        path = self.staging / CALIBRATION
+        entry = self.journal.find("calibration")
+        if entry is not None and path.is_file():
+            return CalibrationText(load_file(path)["input_ids"].long(), entry["calibration"])
+        wanted = self.recipe.calibration
+        text = calibration_text(
+            self.options.calibration,
+            self.source,
+            wanted.samples,
+            wanted.seq_len,
+            self.recipe.seed,
+            self.options.device,
+        )
+        small = torch.uint16 if int(text.windows.max()) < 1 << 16 else torch.int32
+        write_tensors(path, {"input_ids": text.windows.to(small)})
+        self.journal.append({"calibration": text.record})
+        return text
+
+    def _outer(self) -> dict[str, Any]:
+        """Embeddings, last norm and head: rewritten and stored first, for the stream begins with them."""
+        entry = self.journal.find("outer")
+        if entry is not None:
+            return entry
+        tensors = self.source.read(self.source.outer_names)
+        layout = self.source.layout
+        forms: dict[str, Form] = {}
+        report: dict[str, Any] = {}
+        for name in [layout.embedding] + ([] if layout.tied else [layout.head]):
+            module = self.plan.modules[name]
+            if module.steps:
+                rewritten = rewrite_outer(Dense(tensors[f"{name}.weight"].float()), module, self.plan)
+                forms[name], report[name] = rewritten.form, rewritten.report
+        stored = outer_tensors(self.source, forms, tensors, self.plan.dtype)
+        plan = {name: form.describe() for name, form in forms.items()}
+        return self._finish(0, stored, {"outer": True, "plan": plan, "report": report})
+
+    def _widths(self, text: CalibrationText | None) -> list[int] | None:
+        if not needs_survey(self.plan):
+            return uniform_widths(self.plan, self.source)
+        entry = self.journal.find("survey")
+        if entry is None:
+            stream = self._stream(text)
+            assert stream is not None
+            survey = survey_widths(self.plan, self.source, stream, self._dense)
+            self.journal.append({"survey": survey})
+            return list(survey["widths"])
+        return list(entry["survey"]["widths"])
+
+    def _stream(self, text: CalibrationText | None) -> BlockStream | None:
+        if text is None:
+            return None
+        entry = self.journal.find("outer")
+        assert entry is not None
+        outer = restored_outer(self.source, self.staging / entry["file"], entry["plan"], self.device)
+        tokens = text.windows.shape[1]
+        return BlockStream(
+            self.source,
+            outer,
+            text.windows,
+            batch=max(1, 4096 // tokens),
+            budget=None if self.options.memory is None else self.options.memory // 4,
+            directory=self.work,
+            device=self.device,
+        )
+
+    def _dense(self, index: int) -> nn.Module:
+        return dense_block(self.source, index, self.device)
+
+    def _block(self, index: int, stream: BlockStream | None, width: int | None) -> dict[str, Any]:
+        name = self.source.layout.block_name(index)
+        block = self._dense(index)
+        try:
+            result = rewrite_block(block, name, self.source.layout, self.plan, stream, width)
+        except ValueError as error:
+            raise LmpressError(f"{name}: {error}") from error
+        stored = block_tensors(self.source, index, block, self.plan.dtype)
+        plan = {f"{name}.{linear}": form.describe() for linear, form in result.forms.items()}
+        report = {f"{name}.{linear}": told for linear, told in result.report.items()}
+        return self._finish(index + 1, stored, {"block": index, "plan": plan, "report": report})
+
+    def _finish(self, number: int, stored: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+        """Write a shard, and then, only then, its line in the journal."""
+        count = self.source.layout.num_blocks + 1
+        path = self.staging / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        write_tensors(path, stored)
+        entry |= {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        self.journal.append(entry)
+        return entry
+
+    def _assemble(self, entries: list[dict[str, Any]], text: CalibrationText | None) -> dict[str, Any]:
+        plan = {name: d for entry in entries for name, d in entry["plan"].items()}
+        survey = self.journal.find("survey")
+        manifest: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
+            "recipe": self.recipe.resolved(),
+            "calibration": [] if text is None else [text.record],
+            "sizes": sizes(self.source, self.staging, plan),
+            "survey": None if survey is None else survey["survey"],
+            "modules": {name: told for entry in entries for name, told in entry["report"].items()},
+        }
+        return assemble(self.source, self.staging, plan, manifest)
+
+    def _staged(self, name: str) -> Path:
+        """A file of the checkpoint, wherever it is between staging and output."""
+        return self.staging / name if (self.staging / name).is_file() else self.output / name
+
+
+def sizes(source: ModelSource, directory: Path, plan: Descriptions) -> dict[str, Any]:
+    """What the checkpoint weighs: real bytes of the files, and bits per weight of the blocks' linears.
+
+    bits per weight = 8 x all bytes stored for the linears, over the weights of the DENSE model's linears.
+    """
+    layout = source.layout
+    shards = sorted(directory.glob("model-*.safetensors"))
+    linears = [f"{layout.block_name(i)}.{name}" for i in range(layout.num_blocks) for name in layout.linears]
+    stored = dict.fromkeys(linears, 0)
+    for shard in shards:
+        for name, entry in read_header(shard).items():
+            module, _, tensor = name.rpartition(".")
+            if module in stored and tensor != "bias":
+                stored[module] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    dense = source.skeleton.state_dict(keep_vars=True)
+    weights = sum(dense[f"{name}.weight"].numel() for name in linears)
+    return {
+        "weight_bytes": sum(shard.stat().st_size for shard in shards),
+        "bytes_16bit": 2 * sum(dense[name].numel() for name in source.names),
+        "linear_bpw": round(8 * sum(stored.values()) / max(1, weights), 6),
+        "linear_weights": weights,
+    }
+
+
+def check_output(output: Path, source: ModelSource, options: RunOptions) -> None:
+    """RequestError where writing to `output` would harm what is there."""
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"{output} is a file; name a directory")
+    place = output.resolve()
+    if any(path.resolve().parent == place for path in source.files):
+        raise RequestError(f"{output} holds the model that is to be compressed; name another directory")
+    if options.resume or options.force or not output.is_dir():
+        return
+    held = sorted(path.name for path in output.iterdir())
+    if WORK in held:
+        raise RequestError(
+            f"{output} holds an unfinished run: go on with --resume, or start anew with --force"
+        )
+    if held:
+        raise RequestError(f"{output} is not empty: name another directory, or overwrite it with --force")
+
+
+def _finished_fingerprint(output: Path) -> str | None:
+    path = output / MANIFEST
+    if not path.is_file() or not (output / "config.json").is_file():
+        return None
+    manifest = read_json(path)
+    return manifest.get("fingerprint") if isinstance(manifest, dict) else None

@@ -1,0 +1,245 @@
+"""The block stream: calibration text through the model, one block of weights in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lmpress.families import Site
+from lmpress.pipeline.activations import Activations
+from lmpress.pipeline.source import ModelSource
+from lmpress.statistics import InputStatistics, StatisticsAccumulator
+
+SAMPLE_TOKENS = 512
+"""Input rows kept of every site, to measure how far a rewritten linear strays."""
+
+
+class _Stop(Exception):  # noqa: N818
+    """Raised where the rest of a forward is not needed."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What one pass over the calibration text told about one site.
+
+    Attributes:
+        statistics: moments of the site's input.
+        sample: the first input rows, (<= SAMPLE_TOKENS, n).
+    """
+
+    statistics: InputStatistics
+    sample: Tensor
+
+
+@dataclass
+class _Call:
+    """How the model calls its blocks for one batch shape."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class BlockStream:
+    """Hidden states of the calibration windows at the entrance of the next block.
+
+    Args:
+        source: the model.
+        outer: a model whose modules outside the blocks are real (embeddings may be compressed).
+        windows: token ids, (samples, seq_len).
+        mask: (samples, seq_len), zero where a token is padding; None where none is.
+        batch: windows that run together.
+        budget: bytes of hidden states that may stay in memory.
+        directory: where larger ones are spooled.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        outer: Any,
+        windows: Tensor,
+        mask: Tensor | None = None,
+        batch: int = 8,
+        budget: int | None = None,
+        directory: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layout = source.layout
+        self.windows = windows
+        self.mask = mask
+        self.batch = batch
+        self.device = torch.device(device)
+        self._calls: dict[tuple[int, int], _Call] = {}
+        self._enter(outer, budget, directory or Path())
+
+    def gather(
+        self, block: nn.Module, sites: Mapping[Site, bool], signal: str | None = None
+    ) -> tuple[dict[str, Gathered], Tensor | None]:
+        """Run the text through `block` as it is now, and look at the inputs of some sites.
+
+        Args:
+            sites: which sites, and for each whether its Hessian is wanted.
+            signal: a linear whose mean absolute output is wanted as well.
+
+        Returns:
+            by site name what was gathered, and the mean absolute output of `signal`, (features,).
+        """
+        ordered = [site for site in self.layout.sites if site in sites]
+        accumulators = {
+            s.name: StatisticsAccumulator(_inputs(block, s.linears[0]), sites[s], self.device)
+            for s in ordered
+        }
+        samples: dict[str, list[Tensor]] = {site.name: [] for site in ordered}
+        outputs = StatisticsAccumulator(_outputs(block, signal), False, self.device) if signal else None
+        rows = slice(0, 0)
+
+        def watch(site: Site, last: bool) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                accumulators[site.name].update(args[0], self._mask(rows))
+                if sum(len(part) for part in samples[site.name]) < SAMPLE_TOKENS:
+                    samples[site.name].append(self._sample(args[0], rows))
+                if last:
+                    raise _Stop
+
+            return hook
+
+        handles = [
+            block.get_submodule(site.linears[0]).register_forward_pre_hook(watch(site, site is ordered[-1]))
+            for site in ordered
+        ]
+        if signal and outputs is not None:
+            handles.append(
+                block.get_submodule(signal).register_forward_hook(
+                    lambda module, args, output: outputs.update(output, self._mask(rows))
+                )
+            )
+        try:
+            for rows in self._batches():
+                self._run(block, rows)
+        finally:
+            for handle in handles:
+                handle.remove()
+        gathered = {
+            name: Gathered(a.result(), torch.cat(samples[name])[:SAMPLE_TOKENS])
+            for name, a in accumulators.items()
+        }
+        return gathered, None if outputs is None else outputs.result().abs_mean
+
+    def advance(self, block: nn.Module) -> None:
+        """Run the text through the finished `block`: its outputs become the inputs of the next one."""
+        for rows in self._batches():
+            output = self._run(block, rows)
+            assert output is not None
+            self.states[rows] = output
+
+    def energy(self) -> float:
+        """Mean squared norm of a token's hidden state."""
+        total, count = 0.0, 0
+        for rows in self._batches():
+            states, mask = self.states[rows], self._mask(rows)
+            kept = states.reshape(-1, states.shape[-1])
+            if mask is not None:
+                kept = kept[mask.reshape(-1).bool().cpu()]
+            total += float(kept.double().square().sum())
+            count += kept.shape[0]
+        return total / max(1, count)
+
+    def at_block(self, index: int) -> None:
+        """Tell which block runs next: blocks of one model may be called with different masks."""
+        self._index = index
+
+    def _enter(self, outer: Any, budget: int | None, directory: Path) -> None:
+        """Run what stands before the blocks, and learn how the model calls them."""
+        catchers = nn.ModuleList(
+            _Catcher(block, i, self._caught) for i, block in enumerate(_blocks(outer, self.layout))
+        )
+        parent, _, name = self.layout.blocks.rpartition(".")
+        original = _blocks(outer, self.layout)
+        setattr(outer.get_submodule(parent), name, catchers)
+        shape = (*self.windows.shape, outer.config.hidden_size)
+        self.states = Activations(shape, budget, directory)
+        self._index = 0
+        try:
+            for rows in self._batches():
+                self._rows = rows
+                mask = None if self.mask is None else self.mask[rows].to(self.device)
+                try:
+                    with torch.no_grad():
+                        outer.base_model(
+                            input_ids=self.windows[rows].to(self.device), attention_mask=mask, use_cache=False
+                        )
+                except _Stop:
+                    pass
+        finally:
+            setattr(outer.get_submodule(parent), name, original)
+
+    def _caught(self, index: int, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if index == 0:
+            self.states[self._rows] = states
+        self._calls.setdefault(self._key(index, self._rows), _Call(args, kwargs))
+        if index == self.layout.num_blocks - 1:
+            raise _Stop
+
+    def _key(self, index: int, rows: slice) -> tuple[int, int]:
+        """Without padding the call depends on the size of the batch alone; with it, on the batch."""
+        return index, rows.start if self.mask is not None else rows.stop - rows.start
+
+    def _run(self, block: nn.Module, rows: slice) -> Tensor | None:
+        call = self._calls[self._key(self._index, rows)]
+        try:
+            with torch.no_grad():
+                output = block(self.states[rows].to(self.device), *call.args, **call.kwargs)
+        except _Stop:
+            return None
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+    def _batches(self) -> Iterator[slice]:
+        samples = self.windows.shape[0]
+        for start in range(0, samples, self.batch):
+            yield slice(start, min(start + self.batch, samples))
+
+    def _mask(self, rows: slice) -> Tensor | None:
+        return None if self.mask is None else self.mask[rows].to(self.device)
+
+    def _sample(self, x: Tensor, rows: slice) -> Tensor:
+        flat = x.detach().reshape(-1, x.shape[-1])
+        mask = self._mask(rows)
+        if mask is not None:
+            flat = flat[mask.reshape(-1).bool()]
+        return flat[:SAMPLE_TOKENS].float().clone()
+
+
+class _Catcher(nn.Module):
+    """Stands in for a block: tells how it is called, and hands its input on."""
+
+    def __init__(self, block: nn.Module, index: int, tell: Callable[..., None]) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block  # not as a child: it has no weights here
+        self._index = index
+        self._tell = tell
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._tell(self._index, states, args, kwargs)
+        return states
+
+
+def _blocks(model: Any, layout: Any) -> Any:
+    return model.get_submodule(layout.blocks)
+
+
+def _inputs(block: nn.Module, linear: str) -> int:
+    return int(block.get_submodule(linear).in_features)  # type: ignore[arg-type]
+
+
+def _outputs(block: nn.Module, linear: str) -> int:
+    return int(block.get_submodule(linear).out_features)  # type: ignore[arg-type]

@@ -1,0 +1,151 @@
+"""Recovery of a staged checkpoint: load, train, write the changed forms into new shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lmpress.checkpoint import copy_file, plan_of, read_json, stored_names, write_tensors
+from lmpress.corpora import calibration_windows, fingerprint, load_corpus
+from lmpress.errors import RequestError
+from lmpress.forms import Dense, Form
+from lmpress.pipeline import CALIBRATION, ModelSource, assemble, sizes
+from lmpress.recipes import Recover
+from lmpress.recovery.lora import train_lora
+from lmpress.recovery.merge import as_term, merged
+
+
+def recover_checkpoint(
+    source: ModelSource,
+    staged: Path,
+    target: Path,
+    manifest: dict[str, Any],
+    step: Recover,
+    calibration: str,
+    seed: int,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Train as `step` says, and write the recovered checkpoint into `target`.
+
+    Args:
+        staged: the compressed checkpoint.
+        target: an empty directory.
+        manifest: of the staged checkpoint.
+        calibration: what text to train on, as for calibration; `self` takes the windows that the model wrote.
+
+    Returns:
+        The manifest of the recovered checkpoint.
+    """
+    windows, record = recovery_windows(source, staged, step, calibration, seed)
+    model = AutoModelForCausalLM.from_pretrained(staged, dtype=torch.float32).to(device)
+    layout = source.layout
+    modules = [
+        f"{layout.block_name(i)}.{linear}" for i in range(layout.num_blocks) for linear in layout.linears
+    ]
+    recovered = train_lora(model, modules, windows, step, seed)
+    forms = plan_of(staged)
+    dtype = _dense_dtype(source)
+    changed = {
+        name: _changed(model.get_submodule(name), forms.get(name), update, step, dtype)
+        for name, update in recovered.updates.items()
+        if recovered.report["best_step"]
+    }
+    plan = _write(staged, target, changed)
+    manifest = {
+        key: value for key, value in manifest.items() if key not in ("environment", "files", "lmpress")
+    }
+    for name, form in changed.items():
+        manifest["modules"][name] = manifest["modules"].get(name, {}) | {
+            "form": form.formula,
+            "bytes": form.num_bytes,
+        }
+    manifest |= {
+        "calibration": [*manifest["calibration"], record],
+        "sizes": sizes(source, target, plan),
+        "recovery": recovered.report | {"step": step.model_dump(mode="json"), "modules": len(changed)},
+    }
+    return assemble(source, target, plan, manifest)
+
+
+def recovery_windows(
+    source: ModelSource, staged: Path, step: Recover, calibration: str, seed: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Windows to train on (samples, seq_len): as many as the steps need, or as the text has.
+
+    Raises:
+        RequestError: the text gives fewer than two windows.
+    """
+    wanted = int(step.steps * step.batch_size / (1 - step.held_out)) + 2
+    if calibration == "self":
+        path = staged / CALIBRATION
+        if not path.is_file():
+            raise RequestError("recover needs text: name some with --calibration file:PATH")
+        flat = load_file(path)["input_ids"].long().flatten()
+        windows = flat[: flat.numel() // step.seq_len * step.seq_len].view(-1, step.seq_len)[:wanted]
+        record: dict[str, Any] = {
+            "name": "self (recovery)",
+            "split": "generated",
+            "sha256": fingerprint(windows),
+        }
+    else:
+        tokenizer = source.tokenizer()
+        parts = [load_corpus(part.strip()) for part in calibration.split(",") if part.strip()]
+        drawn = []
+        for i, corpus in enumerate(parts):
+            ids = sum(len(tokenizer(document)["input_ids"]) + 1 for document in corpus.documents)
+            count = min(-(-wanted // len(parts)), ids // step.seq_len)
+            if count:
+                drawn.append(calibration_windows(corpus, tokenizer, count, step.seq_len, seed + 101 + i))
+        windows = torch.cat(drawn) if drawn else torch.empty(0, step.seq_len, dtype=torch.int64)
+        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+        record = {
+            "name": ", ".join(corpus.name for corpus in parts) + " (recovery)",
+            "split": ", ".join(corpus.split for corpus in parts),
+            "sha256": ", ".join(corpus.sha256 for corpus in parts),
+        }
+    if windows.shape[0] < 2:
+        raise RequestError(f"recover needs at least two windows of {step.seq_len} tokens: give it more text")
+    return windows, record | {"tokens": windows.numel(), "ids_sha256": fingerprint(windows)}
+
+
+def _changed(
+    module: nn.Module, stored: Form | None, update: tuple[Tensor, Tensor], step: Recover, dtype: torch.dtype
+) -> Form:
+    """The module's form with its update, in the types in which it is stored."""
+    form: Form | None = getattr(module, "form", None)
+    if form is None:
+        form = Dense(cast(Tensor, module.weight).detach().to(dtype))
+    elif stored is not None:
+        names = stored.tensors()
+        form = form.with_tensors({name: t.to(names[name].dtype) for name, t in form.tensors().items()})
+    return as_term(form, *update, dtype) if step.keep == "term" else merged(form, *update)
+
+
+def _write(staged: Path, target: Path, changed: dict[str, Form]) -> dict[str, Any]:
+    """Copy the shards with the changed forms in the place of the old ones. Returns the new plan."""
+    target.mkdir(parents=True, exist_ok=True)
+    config = read_json(staged / "config.json")
+    plan: dict[str, Any] = dict(config["quantization_config"]["plan"])
+    for shard in sorted(staged.glob("model-*.safetensors")):
+        tensors = load_file(shard)
+        modules = {name.rpartition(".")[0] for name in tensors}
+        for module in sorted(modules & changed.keys()):
+            for name in [n for n in tensors if n.rpartition(".")[0] == module and not n.endswith(".bias")]:
+                del tensors[name]
+            form = changed[module]
+            names = stored_names(form)
+            tensors |= {f"{module}.{names[key]}": tensor for key, tensor in form.tensors().items()}
+            plan[module] = form.describe()
+        write_tensors(target / shard.name, tensors)
+    if (staged / CALIBRATION).is_file():
+        copy_file(staged / CALIBRATION, target / CALIBRATION)
+    return plan
+
+
+def _dense_dtype(source: ModelSource) -> torch.dtype:
+    return source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.float16
