@@ -28,7 +28,8 @@ def test_factor_is_that_of_the_inverse(per_channel: bool, dtype: torch.dtype) ->
     assert torch.equal(upper, upper.triu())
     assert (upper.diagonal() > 0).all()
     torch.testing.assert_close(upper.T @ upper, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(factor.damped.double(), diagonal + added, rtol=1e-5, atol=0)
+    torch.testing.assert_close(factor.energy.double(), diagonal, rtol=1e-5, atol=0)
+    torch.testing.assert_close(factor.added.double(), added, rtol=1e-5, atol=0)
     assert factor.damping == 0.03
     assert not factor.fallback
 

@@ -49,7 +49,7 @@ class GptqOptions:
         order: of the columns: `none`, `group-aware` or `activation`.
         static_groups: fit the grid of every group on the original weight; else on the weight as compensated
             when the group's turn comes.
-        clip: search the range of every scale for the least squared error, weighted by E[x^2] + damping.
+        clip: search the range of every scale for the least squared error, weighted by E[x^2].
         sweeps: passes of coordinate descent after GPTQ; each costs about as much as GPTQ itself.
         asymmetry: how far to move towards the target of asymmetric calibration, 0 to 1; needs `cross`.
         scale_dtype: of the stored scales; None for float16 where it is precise enough, else float32.
@@ -107,7 +107,7 @@ def gptq(
     )
     if cross is not None:
         target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry, rank)
-    energy = torch.empty_like(factor.damped).scatter_(0, rank, factor.damped)
+    energy = torch.empty_like(factor.energy).scatter_(0, rank, factor.energy)
     scale, zero = _fit(target, energy, options)
     rounded = Quantized.from_codes(
         quantize_to_grid(target, scale, zero, options.bits), scale, zero, options.bits
@@ -228,7 +228,7 @@ class _Solver:
         def snap(j: int, column: Tensor) -> Tensor:
             if j % size == 0:
                 group = self.group[j]
-                energy = factor.damped[j : j + size]
+                energy = factor.energy[j : j + size]
                 scale, zero = _fit(self.columns[j : j + size].T, energy, self._one_group())
                 self.scale[:, group] = scale[:, 0].to(self.scale.dtype)
                 if zero is not None and self.zero is not None:
@@ -251,7 +251,7 @@ class _Solver:
     def sweep(self, hessian: Tensor, factor: InverseFactor) -> None:
         """One pass of coordinate descent on the damped loss, in the order of processing."""
         matrix = hessian[self.rank][:, self.rank]
-        matrix.diagonal().copy_(factor.damped)
+        matrix.diagonal().copy_(factor.energy + factor.added)
         difference = self.original - self.columns  # (in, out)
         for start in range(0, self.n, 128):
             block = slice(start, min(self.n, start + 128))

@@ -1,9 +1,10 @@
 """Linear algebra that the layer-wise solvers share: the factor of the inverse Hessian, and error feedback.
 
 The layer loss of a rewritten weight Q is `tr((W - Q) H (W - Q)^T)`, with H = E[x x^T]. Solvers that go
-through the columns one by one (GPTQ, arXiv 2210.17323; SparseGPT, arXiv 2301.00774) need the upper triangular U with
-`H^-1 = U^T U`: once the columns before j are fixed, `U_jj^2` is the conditional inverse-Hessian diagonal, and
-an error e made in column j is best made up for by adding `-e U_j,k / U_jj` to every later column k.
+through the columns one by one (GPTQ, arXiv 2210.17323; SparseGPT, arXiv 2301.00774) need the upper triangular
+U with `H^-1 = U^T U`: once the columns before j are fixed, `U_jj^2` is the conditional inverse-Hessian
+diagonal, and an error e made in column j is best made up for by adding `-e U_jk / U_jj` to every later
+column k.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ class InverseFactor:
 
     Attributes:
         upper: U (n, n), upper triangular with a positive diagonal, `U^T U = (H + damping)^-1`.
-        damped: the diagonal of the damped Hessian, (n,).
+        energy: the diagonal of H, (n,), dead inputs counted as average ones.
+        added: what damping added to it, (n,).
         dead: inputs that were never active (H_jj == 0), bool (n,); they count as average inputs, uncoupled.
         damping: the relative damping that worked.
         fallback: whether even the largest damping failed, so that only the diagonal of H was used.
     """
 
     upper: Tensor
-    damped: Tensor
+    energy: Tensor
+    added: Tensor
     dead: Tensor
     damping: float
     fallback: bool
@@ -76,15 +79,16 @@ def damped_inverse_factor(
     diagonal = torch.where(dead, mean, diagonal)
     unit = diagonal if per_channel else mean
     while damping <= LARGEST_DAMPING:
-        damped = diagonal + damping * unit
+        added = (damping * unit).expand_as(diagonal)
         for dtype in (torch.float32, torch.float64):
             if torch.finfo(dtype).bits < torch.finfo(hessian.dtype).bits:
                 continue
-            upper = _factor(hessian, damped, dead, dtype)
+            upper = _factor(hessian, diagonal + added, dead, dtype)
             if upper is not None:
-                return InverseFactor(upper.to(hessian.dtype), damped, dead, damping, False)
+                return InverseFactor(upper.to(hessian.dtype), diagonal, added, dead, damping, False)
         damping = max(damping * growth, 1e-6)
-    return InverseFactor(torch.diag(diagonal.rsqrt()), diagonal, dead, LARGEST_DAMPING, True)
+    nothing = torch.zeros_like(diagonal)
+    return InverseFactor(torch.diag(diagonal.rsqrt()), diagonal, nothing, dead, LARGEST_DAMPING, True)
 
 
 def _factor(hessian: Tensor, diagonal: Tensor, dead: Tensor, dtype: torch.dtype) -> Tensor | None:
