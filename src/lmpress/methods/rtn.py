@@ -170,7 +170,7 @@ def quantize_to_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: i
     """
     rows, columns = weight.shape
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    cells = weight.to(wide).reshape(rows, scale.shape[1], -1) if columns else weight.to(wide)[:, :, None]
+    cells = weight.to(wide).reshape(rows, scale.shape[1], columns // scale.shape[1])
     codes = _codes(cells, scale.to(wide)[:, :, None], None if zero is None else zero[:, :, None], bits)
     return codes.to(torch.int8 if zero is None else torch.uint8).reshape(rows, columns)
 
