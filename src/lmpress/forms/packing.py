@@ -8,6 +8,8 @@ interleaving, which is what makes them fast in plain tensor operations.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,17 +72,32 @@ def unpack_codes(packed: Tensor, bits: int, columns: int, out: Tensor | None = N
         return out.copy_(packed)
     width = -(-columns // RUNS)
     planes = packed.view(rows, bits, width)
-    mask = (1 << bits) - 1
-    for i in range(RUNS):
-        start, stop = i * width, min((i + 1) * width, columns)
-        if start >= stop:
-            break
-        byte, shift = divmod(bits * i, 8)
-        code = planes[:, byte] >> shift if shift else planes[:, byte]
-        if shift + bits > 8:  # the code straddles two bytes
-            code = code | (planes[:, byte + 1] << (8 - shift))
-        out[:, start:stop] = (code & mask)[:, : stop - start]
+    if columns % RUNS or out.dtype != torch.uint8 or not out.is_contiguous():
+        whole = torch.empty(rows, RUNS * width, dtype=torch.uint8, device=packed.device)
+        _unpack_runs(planes, bits, whole.view(rows, RUNS, width))
+        return out.copy_(whole[:, :columns])
+    _unpack_runs(planes, bits, out.view(rows, RUNS, width))
     return out
+
+
+def _unpack_runs(planes: Tensor, bits: int, runs: Tensor) -> None:
+    """Write the codes of `planes`, uint8 (rows, bits, width), to `runs`, uint8 (rows, RUNS, width)."""
+    rows, _, width = planes.shape
+    mask = (1 << bits) - 1
+    repeats = math.gcd(RUNS, bits)  # the pattern of shifts repeats: do its repetitions in one step
+    planes = planes.view(rows, repeats, bits // repeats, width)
+    runs = runs.view(rows, repeats, RUNS // repeats, width)
+    for i in range(RUNS // repeats):
+        byte, shift = divmod(bits * i, 8)
+        source, code = planes[:, :, byte], runs[:, :, i]
+        if shift == 0:
+            torch.bitwise_and(source, mask, out=code)
+            continue
+        torch.bitwise_right_shift(source, shift, out=code)
+        if shift + bits > 8:  # the code straddles two bytes
+            code.bitwise_or_(planes[:, :, byte + 1] << (8 - shift))
+        if shift + bits != 8:  # otherwise the shift has left nothing but the code
+            code.bitwise_and_(mask)
 
 
 def _check_bits(bits: int) -> None:
