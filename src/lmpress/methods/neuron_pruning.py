@@ -351,7 +351,7 @@ def _moments(statistics: InputStatistics, device: torch.device, centred: bool) -
     if not centred:
         return hessian
     mean = statistics.mean.to(device, torch.float64)
-    return hessian.double().addr_(mean, mean, alpha=-1)
+    return torch.addr(hessian.double(), mean, mean, alpha=-1)
 
 
 def _compensated(W: Tensor, moments: Tensor, kept: Tensor, damping: float) -> tuple[Tensor, float]:
