@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmpress.forms import Dense, LowRank
 from lmpress.methods.result import Rewritten
+from lmpress.methods.rtn import RoundOptions, round_to_nearest
 from lmpress.methods.svd import SvdOptions, closed_form_left, relative_error, svd
 from tests.methods.data import inputs, statistics_of, weights
 
@@ -163,6 +164,24 @@ def test_factors_have_the_dtype_and_alike_sizes(dtype: torch.dtype, size: float)
     assert float(left) == pytest.approx(float(right), rel=0.05)
 
 
+def test_components_are_shared_so_that_eight_bits_hurt_little() -> None:
+    weight, x = weights(96, 80, 20) * torch.logspace(0, -2, 80), inputs(80, 400, 21)
+    hessian = statistics_of(x).hessian
+    form = svd(weight, statistics_of(x), SvdOptions(ratio=0.8)).form
+    assert isinstance(form, LowRank)
+
+    def damage(left: Tensor, right: Tensor) -> float:
+        a, b = (round_to_nearest(factor, None, RoundOptions(8, "tensor")).form for factor in (left, right))
+        return relative_error(left @ right, a.dense(torch.float64) @ b.dense(torch.float64), hessian)
+
+    left, right = form.left.dense(torch.float64), form.right.dense(torch.float64)
+    basis = left / left.norm(dim=0)
+    plain = right * left.norm(dim=0)[:, None]
+    size = plain.norm(dim=1)
+    assert damage(left, right) < damage(basis, plain)  # all in the right factor
+    assert damage(left, right) < damage(basis * size, plain / size[:, None])  # all in the left one
+
+
 def test_signs_and_bits_are_determined() -> None:
     weight, statistics = weights(20, 30, 12), statistics_of(inputs(30, 100, 13))
     for options in (SvdOptions(ratio=0.5), SvdOptions(ratio=0.5, whiten=False)):
@@ -213,6 +232,10 @@ def test_paper_mode(shape: tuple[int, int], rank: int) -> None:
     else:
         assert isinstance(result.form, LowRank)
         assert result.form.rank == expected
+        left, right = result.form.left.dense(torch.float64), result.form.right.dense(torch.float64)
+        sigma = torch.linalg.svdvals(weight)[:expected]
+        torch.testing.assert_close(left.T @ left, torch.diag(sigma**2), atol=1e-8, rtol=1e-6)  # U S
+        torch.testing.assert_close(right @ right.T, torch.eye(expected, dtype=torch.float64))  # V^T
 
 
 def test_paper_mode_gives_up_above_four_fifths() -> None:
