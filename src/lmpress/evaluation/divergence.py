@@ -67,8 +67,10 @@ def add_chunk(tally: Tally, logits: Tensor, targets: Tensor, reference: Referenc
         return
     # the difference first: where p is large it is small, so that little is lost to cancellation
     difference = log_q.neg_().add_(reference.log_p)
-    # a token that both rule out (logit -inf) adds nothing, where -inf - -inf would add NaN
-    difference.masked_fill_(reference.p == 0, 0.0)
     divergence = torch.linalg.vecdot(reference.p, difference)  # (positions,)
+    if bool(divergence.isnan().any()):
+        # a token that both rule out (logit -inf) adds nothing, where 0 * (-inf - -inf) adds NaN
+        difference.masked_fill_(reference.p == 0, 0.0)
+        divergence = torch.linalg.vecdot(reference.p, difference)
     tally.divergence += float(divergence.sum(dtype=torch.float64))
     tally.agreed += int((logits.argmax(dim=-1) == reference.top).sum())
