@@ -171,7 +171,7 @@ def test_components_are_shared_so_that_eight_bits_hurt_little() -> None:
     assert isinstance(form, LowRank)
 
     def damage(left: Tensor, right: Tensor) -> float:
-        a, b = (round_to_nearest(factor, None, RoundOptions(8, "tensor")).form for factor in (left, right))
+        a, b = (round_to_nearest(factor, None, RoundOptions(8)).form for factor in (left, right))
         return relative_error(left @ right, a.dense(torch.float64) @ b.dense(torch.float64), hessian)
 
     left, right = form.left.dense(torch.float64), form.right.dense(torch.float64)
