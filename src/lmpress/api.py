@@ -12,17 +12,27 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lmpress.checkpoint import MANIFEST, is_compressed, read_json, shard_paths, verify_checkpoint
+from lmpress.checkpoint import (
+    MANIFEST,
+    is_compressed,
+    model_card,
+    read_json,
+    shard_paths,
+    verify_checkpoint,
+    write_bytes,
+)
 from lmpress.corpora import Corpus, evaluation_windows, load_corpus
 from lmpress.errors import LmpressError, RequestError
 from lmpress.evaluation import (
     Evaluation,
     EvaluationText,
+    ModuleRow,
     TextProtocol,
     Timing,
     default_window,
     disk_bytes,
     evaluate_models,
+    module_table,
     peak_resident_set,
     refuse_seen_text,
     spq_text,
@@ -39,8 +49,12 @@ from lmpress.pipeline import (
     remove_stale,
 )
 from lmpress.progress import note
-from lmpress.recipes import Recipe, Recover, load_recipe
+from lmpress.recipes import Calibration, Recipe, Recover, load_recipe
 from lmpress.recovery import recover_checkpoint
+
+DEMO_SAMPLES = 16
+DEMO_TOKENS = 16_384
+DEMO_PROMPT = "The water cycle has three main steps. First,"
 
 RECOVERED = "recovered"
 """Below the work directory: the checkpoint after training, until it is published."""
@@ -112,7 +126,8 @@ def compress(
     start = time.perf_counter()
     target = Path(output).expanduser()
     options = RunOptions(calibration, _device(device), memory, resume, force)
-    run = Run(open_source(model), load_recipe(recipe), target, options)
+    wanted = load_recipe(recipe)  # before the model is looked for: that may take a download
+    run = Run(open_source(model), wanted, target, options)
     if run.prepare():
         _execute(run)
     manifest = read_json(target / MANIFEST)
@@ -151,8 +166,9 @@ def _execute(run: Run) -> None:
 
 def plan(model: str | Path, recipe: str | Path | Recipe | Mapping[str, Any]) -> dict[str, Any]:
     """What `compress` would do, as JSON, with the bytes to expect; nothing is computed or written."""
+    wanted = load_recipe(recipe)
     source = open_source(model)
-    resolved = make_plan(load_recipe(recipe), source)
+    resolved = make_plan(wanted, source)
     predicted = resolved.predicted["bytes"]
     full = 2 * sum(source.skeleton.state_dict(keep_vars=True)[name].numel() for name in source.names)
     told = resolved.to_json()
@@ -258,12 +274,29 @@ def evaluate_many(
     """Measure several models in one pass over each text; `evaluate` says what the arguments mean."""
     if paper_protocol not in (None, "spq"):
         raise RequestError(f"there is no paper protocol {paper_protocol!r}; there is spq")
-    corpora = [load_corpus(spec, split="test") for spec in ([text] if isinstance(text, str) else text)]
     loaded = {name: load_any(model, dtype, device) for name, model in models.items()}
-    config = next(iter(loaded.values()))[0].config
-    tokenizer = next(iter(loaded.values()))[1]
+    specs = [text] if isinstance(text, str) else text
+    return _evaluate_loaded(
+        loaded, models, specs, reference, window, max_tokens, paper_protocol, throughput=throughput
+    )
+
+
+def _evaluate_loaded(
+    loaded: Mapping[str, tuple[Any, Any, Path | None]],
+    models: Mapping[str, str | Path],
+    specs: Sequence[str],
+    reference: str | None,
+    window: int | None,
+    max_tokens: int | None,
+    paper_protocol: str | None,
+    *,
+    throughput: bool,
+) -> dict[str, Evaluation]:
+    corpora = [load_corpus(spec, split="test") for spec in specs]
+    model, tokenizer, _ = next(iter(loaded.values()))
     texts = [
-        _evaluation_text(corpus, tokenizer, config, window, max_tokens, paper_protocol) for corpus in corpora
+        _evaluation_text(corpus, tokenizer, model.config, window, max_tokens, paper_protocol)
+        for corpus in corpora
     ]
     for path in (Path(model) for model in models.values()):
         if path.is_dir() and is_compressed(path):
@@ -306,6 +339,91 @@ def _refuse_seen(checkpoint: Path, corpora: Sequence[Corpus], texts: Sequence[Ev
         found = max(shared.values(), default=0)
         if found:
             note(f"{found} 13-grams of {corpus.name} are in the text that {checkpoint} was made with")
+
+
+def inspect(directory: str | Path) -> tuple[dict[str, Any], list[ModuleRow]]:
+    """What each module of a checkpoint became: (everything as JSON, the rows of the table).
+
+    Raises:
+        RequestError: no checkpoint that lmpress wrote, or one that is damaged.
+    """
+    path = Path(directory)
+    if not path.is_dir() or not is_compressed(path):
+        raise RequestError(f"{path} is no checkpoint that lmpress wrote")
+    manifest = verify_checkpoint(path, full=False)
+    rows = module_table(path)
+    unchanged: dict[str, int] = {}
+    for report in manifest["modules"].values():
+        for step in report.get("steps", []):
+            if step.get("reason"):
+                kind = f"{step['step']}: factors would take more than the weight"
+                unchanged[kind] = unchanged.get(kind, 0) + 1
+    told = {
+        key: manifest.get(key) for key in ("source", "recipe", "sizes", "calibration", "survey", "recovery")
+    }
+    return told | {"unchanged": unchanged, "modules": manifest["modules"]}, rows
+
+
+def write_card(directory: Path, evaluation: Mapping[str, Any]) -> None:
+    """Write what was measured into a checkpoint's model card."""
+    if not is_compressed(directory):
+        raise RequestError(f"{directory} is no checkpoint that lmpress wrote: it has no card to write into")
+    card = model_card(read_json(directory / MANIFEST), evaluation)
+    write_bytes(directory / "README.md", card.encode())
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `demo` made and measured.
+
+    Attributes:
+        evaluations: of `dense`, `int8` and `spq`.
+        directories: where the checkpoints are, by recipe.
+        prompt: what the samples go on from.
+        samples: greedy continuations by model.
+    """
+
+    evaluations: Mapping[str, Evaluation]
+    directories: Mapping[str, Path]
+    prompt: str
+    samples: Mapping[str, str]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as one object."""
+        return {
+            "models": {name: e.to_json() | {"reference": None} for name, e in self.evaluations.items()},
+            "directories": {name: str(path) for name, path in self.directories.items()},
+            "prompt": self.prompt,
+            "samples": dict(self.samples),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def demo(output: str | Path) -> Demo:
+    """Compress the demo model with `int8` and `spq`, load both back, and compare them with the dense model.
+
+    The calibration text is written by the model itself; the evaluation text is the language reference
+    that comes with Python. An interrupted demo goes on where it stopped.
+    """
+    start = time.perf_counter()
+    target = Path(output).expanduser()
+    directories = {}
+    for name in ("int8", "spq"):
+        recipe = load_recipe(name)
+        recipe = recipe.model_copy(update={"calibration": Calibration(samples=DEMO_SAMPLES, seq_len=512)})
+        compress("demo", recipe, target / name, calibration="self", resume=True)
+        directories[name] = target / name
+    models: dict[str, str | Path] = {"dense": "demo", **directories}
+    loaded = {name: load_any(model) for name, model in models.items()}
+    evaluations = _evaluate_loaded(
+        loaded, models, ["python-docs"], "dense", None, DEMO_TOKENS, None, throughput=True
+    )
+    samples = {
+        name: continuation(model, tokenizer, DEMO_PROMPT, 40)
+        for name, (model, tokenizer, _) in loaded.items()
+    }
+    return Demo(evaluations, directories, DEMO_PROMPT, samples, time.perf_counter() - start)
 
 
 def generate(

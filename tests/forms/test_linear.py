@@ -27,11 +27,11 @@ def test_the_first_tensor_is_weight_and_loading_rebinds(example: Example) -> Non
     form = example.form
     module = CompressedLinear(form, torch.zeros(form.shape[0]))
     names = list(form.tensors())
-    assert [*module.form_parameters()] == ["weight", *names[1:]]
+    assert [*module.form_tensors()] == ["weight", *names[1:]]
     state = module.state_dict()
     assert next(iter(state)) == "weight"
     assert state["weight"].shape == form.tensors()[names[0]].shape
-    assert not any(p.requires_grad for p in module.form_parameters().values())
+    assert not any(p.requires_grad for p in module.form_tensors().values())
 
     blank = form.with_tensors({name: torch.zeros_like(t) for name, t in form.tensors().items()})
     x = example.input(3, dtype=torch.float32)

@@ -1,5 +1,6 @@
 """Writing and reading checkpoints; the transformers plug-in."""
 
+from lmpress.checkpoint.card import model_card
 from lmpress.checkpoint.files import (
     INDEX,
     MANIFEST,
@@ -29,6 +30,7 @@ __all__ = [
     "densify",
     "forms_of",
     "is_compressed",
+    "model_card",
     "plan_of",
     "put_forms",
     "read_header",

@@ -15,10 +15,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lmpress.checkpoint.swap import cast_floats, dense_leaf_names, densify, put_forms, tie_head
+from lmpress.checkpoint.swap import cast_floats, densify, put_forms, tie_head
 from lmpress.errors import LmpressError
 from lmpress.families import layout_of
 from lmpress.forms import form_from_description
+from lmpress.forms.base import dense_leaf_names
 from lmpress.forms.linear import FormHolder
 
 METHOD = "lmpress"
@@ -89,7 +90,7 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
             form = holder.form
             leaves = dense_leaf_names(form)
             stored = form_from_description(description).tensors()
-            for tensor, parameter in zip(form.tensors(), holder.form_parameters(), strict=True):
+            for tensor, parameter in zip(form.tensors(), holder.form_tensors(), strict=True):
                 if tensor in leaves:
                     key = f"{name}.{parameter}"
                     state[key] = state[key].to(stored[tensor].dtype)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lmpress.families import layout_of
-from lmpress.forms import CompressedEmbedding, CompressedLinear, Dense, Form
+from lmpress.forms import CompressedEmbedding, CompressedLinear, Form
+from lmpress.forms.base import dense_leaf_names
 from lmpress.forms.linear import FormHolder
 from lmpress.kernels import run
 
@@ -54,11 +55,10 @@ def tie_head(model: Any) -> None:
     layout = layout_of(model.config)
     embedding = cast(CompressedEmbedding, model.get_submodule(layout.embedding))
     head = CompressedLinear(embedding.form, None, run)
-    names = list(embedding.form_parameters())
-    for name in names:
-        head.register_parameter(name, embedding.form_parameters()[name])
+    head.share(embedding)
     model.set_submodule(layout.head, head)
-    tied = {f"{layout.head}.{name}": f"{layout.embedding}.{name}" for name in names}
+    parameters = [name for name, _ in embedding.named_parameters(recurse=False)]
+    tied = {f"{layout.head}.{name}": f"{layout.embedding}.{name}" for name in parameters}
     model._tied_weights_keys = tied
     model.all_tied_weights_keys = {**getattr(model, "all_tied_weights_keys", {}), **tied}
 
@@ -69,8 +69,7 @@ def forms_of(model: nn.Module) -> dict[str, Form]:
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, FormHolder):
-            parameters = module.form_parameters()
-            first = id(parameters["weight"])
+            first = id(module.form_tensors()["weight"])
             if first not in seen:
                 seen.add(first)
                 found[name] = module.form
@@ -105,7 +104,7 @@ def densify(model: Any, dtype: torch.dtype) -> None:
 
 def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
     """Bring what is computed in floating point to `dtype`, in place; scales and codes stay as stored."""
-    held = {id(p) for m in model.modules() if isinstance(m, FormHolder) for p in m.form_parameters().values()}
+    held = {id(p) for m in model.modules() if isinstance(m, FormHolder) for p in m.form_tensors().values()}
     done: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, FormHolder):
@@ -119,29 +118,16 @@ def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def dense_leaf_names(form: Form) -> set[str]:
-    """The names in `form.tensors()` that are floating-point weights, rather than codes or scales."""
-    kept: set[int] = set()
-
-    def visit(leaf: Form) -> Form:
-        if isinstance(leaf, Dense):
-            kept.add(id(leaf.weight))
-        return leaf
-
-    form.rewrite(visit)
-    return {name for name, tensor in form.tensors().items() if id(tensor) in kept}
-
-
 def _cast_leaves(module: FormHolder, dtype: torch.dtype, done: dict[int, nn.Parameter]) -> None:
-    form = module.form
-    leaves = dense_leaf_names(form)
-    for name, parameter in zip(form.tensors(), list(module.form_parameters()), strict=True):
-        old = module.form_parameters()[parameter]
-        old.requires_grad_(False)
+    leaves = dense_leaf_names(module.form)
+    for name, key in zip(module.form.tensors(), module.form_tensors(), strict=True):
+        old = module.form_tensors()[key]
+        if old.is_floating_point():
+            old.requires_grad_(False)
         if name in leaves and old.dtype != dtype:
             if id(old) not in done:  # tied modules stay tied
                 done[id(old)] = nn.Parameter(old.data.to(dtype), requires_grad=False)
-            module.register_parameter(parameter, done[id(old)])
+            module.register_parameter(key, done[id(old)])
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -156,9 +142,7 @@ def _embedding(
 ) -> CompressedEmbedding:
     if isinstance(old, CompressedEmbedding):
         return CompressedEmbedding(form, dtype, old.scale, old.padding_idx)
-    scale = cast(
-        "float | None", getattr(old, "scalar_embed_scale", None)
-    )  # Gemma 3 scales the rows that come out
+    scale: Any = getattr(old, "scalar_embed_scale", None)  # Gemma scales the rows that come out
     return CompressedEmbedding(form, dtype, scale, old.padding_idx)
 
 

@@ -85,6 +85,19 @@ class Form(ABC):
         return f"{self.formula}[{self.shape[0]}x{self.shape[1]}]"
 
 
+def dense_leaf_names(form: Form) -> set[str]:
+    """The names in `form.tensors()` that are floating-point weights, rather than codes, scales or indices."""
+    weights: set[int] = set()
+
+    def visit(leaf: Form) -> Form:
+        if leaf.kind == "dense":
+            weights.add(id(leaf.tensors()["weight"]))
+        return leaf
+
+    form.rewrite(visit)
+    return {name for name, tensor in form.tensors().items() if id(tensor) in weights}
+
+
 def form_from_description(description: Mapping[str, Any]) -> Form:
     """The empty form (meta device) that `description` tells of; ValueError where it tells of none."""
     if not isinstance(description, Mapping):

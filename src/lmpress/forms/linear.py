@@ -8,18 +8,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lmpress.forms.base import Form
+from lmpress.forms.base import Form, dense_leaf_names
 
 Runner = Callable[[Form, Tensor], Tensor]
 """How a form runs on a device: (form, x of shape (..., in)) -> (..., out)."""
 
 
 class FormHolder(nn.Module):
-    """Keeps the tensors of a form as parameters, so that they move, save and load like any other.
+    """Keeps the tensors of a form as its own, so that they move, save and load like any other.
 
-    The first tensor of the form is the parameter `weight`, in its packed shape; the others keep
-    their names in the form. Whoever replaces a parameter (a loader, `.to()`, an optimizer) need not
-    tell: the form is bound anew to the parameters whenever one of them is another object.
+    The first tensor of the form is called `weight`, in its packed shape; the others keep their names in
+    the form. Floating-point weights (and `weight`, whatever it is) are parameters; scales and the like
+    are buffers, for they are no weights: `model.dtype` and `.to(dtype)` pass them by. Whoever replaces
+    a tensor (a loader, `.to()`, an optimizer) need not tell: the form is bound anew whenever one of
+    them is another object.
     """
 
     in_features: int
@@ -29,34 +31,62 @@ class FormHolder(nn.Module):
         """Take `form` in, tensors and all, in the place of what was held."""
         for name in getattr(self, "_names", {}).values():
             self._parameters.pop(name, None)
-        tensors = form.tensors()
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        tensors, weights = form.tensors(), dense_leaf_names(form)
         first = next(iter(tensors))
         self._names = {name: "weight" if name == first else name for name in tensors}
         for name, tensor in tensors.items():
-            self.register_parameter(self._names[name], nn.Parameter(tensor, requires_grad=False))
+            if name == first or name in weights:
+                self.register_parameter(self._names[name], nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(self._names[name], tensor.detach())
         self.out_features, self.in_features = form.shape
         self._form = form
         self._bound: dict[str, Tensor] = {}
 
     @property
     def form(self) -> Form:
-        """The form over the parameters as they are now."""
-        parameters, bound = self._parameters, self._bound
+        """The form over the tensors as they are now."""
+        bound = self._bound
         for name in self._names.values():
-            if parameters[name] is not bound.get(name):
+            if self._tensor(name) is not bound.get(name):
                 break
         else:
             return self._form
-        self._bound = {name: cast(Tensor, parameters[name]) for name in self._names.values()}
+        self._bound = self.form_tensors()
         self._form = self._form.with_tensors({n: self._bound[p] for n, p in self._names.items()})
         return self._form
 
-    def form_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that make up the form, by their names in the module."""
-        return {p: cast(nn.Parameter, self._parameters[p]) for p in self._names.values()}
+    def form_tensors(self) -> dict[str, Tensor]:
+        """The tensors that make up the form, by their names in the module."""
+        return {name: self._tensor(name) for name in self._names.values()}
+
+    def share(self, other: FormHolder) -> None:
+        """Take the tensors of `other` for one's own: tied modules. They are saved with `other` alone."""
+        self.hold(other.form)
+        for name, tensor in other.form_tensors().items():
+            if name in self._parameters:
+                self._parameters[name] = cast(nn.Parameter, tensor)
+            else:
+                self.register_buffer(name, tensor, persistent=False)
 
     def extra_repr(self) -> str:
         return repr(self._form)
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self._parameters.get(name)
+        return cast(Tensor, self._buffers[name] if tensor is None else tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As ever, but a scale keeps its type: in another one it would be another grid."""
+        before = {name: self._buffers[name] for name in self._names.values() if name in self._buffers}
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return result
 
 
 class CompressedLinear(FormHolder, nn.Linear):
@@ -79,7 +109,7 @@ class CompressedLinear(FormHolder, nn.Linear):
         run = self.runner or type(form).forward
         if not torch.is_grad_enabled():
             y = run(form, input)
-        elif any(p.requires_grad for p in self.form_parameters().values()):
+        elif any(t.requires_grad for t in self.form_tensors().values()):
             y = form.forward(input)
         elif input.requires_grad:
             y = cast(Tensor, _FrozenProduct.apply(input, form, run))  # type: ignore[no-untyped-call]
@@ -145,4 +175,4 @@ class CompressedEmbedding(FormHolder):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # follow .to(dtype), .half(), ...
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)

@@ -41,7 +41,7 @@ def block_tensors(source: ModelSource, index: int, block: nn.Module, dtype: torc
     held: set[str] = set()
     for path, module in block.named_modules():
         if isinstance(module, CompressedLinear):
-            held |= {f"{path}.{parameter}" for parameter in module.form_parameters()}
+            held |= {f"{path}.{parameter}" for parameter in module.form_tensors()}
     for key, tensor in block.state_dict().items():
         if key in held:
             stored[f"{name}.{key}"] = tensor

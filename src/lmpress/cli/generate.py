@@ -1,0 +1,32 @@
+"""`lmpress generate`: the model goes on from a prompt."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lmpress import api
+from lmpress.cli.output import print_json, stdout
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or any model that compress takes.")],
+    prompt: Annotated[str, typer.Argument(help="What the model goes on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How far.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Continue PROMPT greedily with MODEL."""
+    text = api.generate(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, device=device)
+    if json:
+        print_json({"model": model, "prompt": prompt, "continuation": text})
+        return
+    stdout.print(f"[dim]{_escaped(prompt)}[/dim]{_escaped(text)}", highlight=False)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
