@@ -214,10 +214,10 @@ def _gguf_bits_per_weight(file: Path) -> float | None:
 
 def _module_bytes(module: nn.Module, original: Any) -> int:
     """Bytes of everything that stands for the weight; of the bias only where the original has none."""
-    held: Mapping[str, Any] = dict(module.named_parameters())
+    held: Mapping[str, Any] = module.state_dict()
     if getattr(original, "bias", None) is not None:
-        held = {name: p for name, p in held.items() if name.rpartition(".")[2] != "bias"}
-    return sum(p.numel() * p.element_size() for p in held.values())
+        held = {name: tensor for name, tensor in held.items() if name.rpartition(".")[2] != "bias"}
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
 def _inner(model: Any) -> PreTrainedModel:
