@@ -167,14 +167,14 @@ def pack_bits(bits: Tensor) -> Tensor:
     padded = torch.zeros(rows, -(-columns // 8) * 8, dtype=torch.uint8, device=bits.device)
     padded[:, :columns] = bits
     places = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (padded.view(rows, -1, 8) * places).sum(2, dtype=torch.uint8)
+    return (padded.view(rows, padded.shape[1] // 8, 8) * places).sum(2, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:
     """The inverse of `pack_bits`: bool (rows, columns)."""
     places = 1 << torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[:, :, None] & places).bool()  # (rows, bytes, 8)
-    return bits.view(packed.shape[0], -1)[:, :columns]
+    return bits.flatten(1)[:, :columns]
 
 
 def _check_group(n: int, m: int, columns: int) -> None:

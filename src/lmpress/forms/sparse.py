@@ -172,4 +172,5 @@ def _scale_groups(matrix: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return matrix
     rows, groups = scale.shape
-    return (matrix.view(rows, groups, -1) * scale.to(matrix.dtype)[:, :, None]).view(matrix.shape)
+    split = matrix.view(rows, groups, matrix.shape[1] // max(1, groups))
+    return (split * scale.to(matrix.dtype)[:, :, None]).view(matrix.shape)
