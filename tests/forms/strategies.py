@@ -85,7 +85,11 @@ def trees(
     if kind == "sparse":
         weight = torch.randn(rows, columns, generator=generator)
         mask = torch.rand(rows, columns, generator=generator) < 0.5
-        return Sparse.from_dense(weight, mask), (weight * mask).double()
+        form = Sparse.from_dense(weight, mask)
+        if draw(st.booleans()):
+            return form, (weight * mask).double()
+        scale = torch.rand(rows, 1, generator=generator) + 0.5
+        return Sparse(form.pattern, form.values, scale), (weight * mask).double() * scale
     if kind == "pivoted" and rows > 1:
         rank = draw(st.integers(1, rows - 1))
         order = torch.randperm(rows, generator=generator)

@@ -75,19 +75,19 @@ def test_the_form_is_bound_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_to_dtype_casts_scales_and_leaves_codes(dtype: torch.dtype) -> None:
-    module = CompressedLinear(grid(), torch.ones(6))
-    codes, scale = module.weight.data.clone(), module.scale.data.clone()
+def test_to_dtype_casts_weights_and_leaves_grids(dtype: torch.dtype) -> None:
+    left = torch.randn(4, 6, generator=GENERATOR)
+    module = CompressedLinear(LowRank(Dense(left), grid()), torch.ones(4))
+    before = module.form.dense()  # bound before it moves
     x = torch.randn(3, 16, generator=GENERATOR)
-    module.form.dense()  # bound before it moves
     module.to(dtype)
-    assert module.weight.dtype == torch.uint8
-    assert torch.equal(module.weight, codes)
-    assert module.form.tensors()["scale"].dtype == module.bias.dtype == dtype
-    expected = x.double() @ grid().with_tensors({"codes": codes, "scale": scale.to(dtype)}).dense().double().T
-    y = module(x.to(dtype))
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.double(), expected + 1, rtol=0.05, atol=0.2)
+    assert module.weight.dtype == module.bias.dtype == module(x.to(dtype)).dtype == dtype
+    after = module.form.tensors()
+    for name, tensor in grid().tensors().items():  # another type of scale would be another grid
+        assert after[f"right_{name}"].dtype == tensor.dtype
+        assert torch.equal(after[f"right_{name}"], tensor)
+    torch.testing.assert_close(module.form.dense(), left.to(dtype).float() @ grid().dense())
+    torch.testing.assert_close(module.form.dense(), before, rtol=0.05, atol=0.2)
 
 
 def test_a_copy_is_independent() -> None:
