@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,16 @@ def test_the_table_of_modules() -> None:
     shown = printed(module_rows_table(module_table(int8())))
     line = next(line for line in shown.splitlines() if "model.layers.1.mlp.up_proj" in line)
     assert all(piece in line for piece in ("int8", "96x64", "6.3 kB", "8.25"))
+    assert "error" not in shown
+
+
+def test_the_table_of_modules_shows_the_errors_that_are_known() -> None:
+    rows = module_table(int8())
+    rows[3] = replace(rows[3], report={"relative_output_error": 0.0123})
+    shown = printed(module_rows_table(rows))
+    assert "output error" in shown
+    assert "weight error" not in shown
+    assert [line.split("│")[1].strip() for line in shown.splitlines() if "1.23%" in line] == [rows[3].name]
 
 
 @pytest.mark.parametrize(

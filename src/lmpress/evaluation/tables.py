@@ -12,6 +12,9 @@ from lmpress.evaluation.modules import ModuleRow
 WIDE = 5
 """Models up to which each is a column; more of them are rows."""
 
+ERRORS = {"relative_weight_error": "weight error", "relative_output_error": "output error"}
+"""What a manifest calls a module's errors -> what the table does."""
+
 Cell = Callable[[Evaluation], str]
 
 
@@ -44,11 +47,12 @@ def evaluation_table(evaluations: Mapping[str, Evaluation], title: str | None = 
 
 
 def module_rows_table(rows: Sequence[ModuleRow], title: str | None = None) -> Table:
-    """What each module became, and what it costs; with the errors that a manifest holds."""
+    """What each module became, and what it costs; with the relative errors that the manifest holds."""
     table = Table(title=title)
     for label in ("module", "form"):
         table.add_column(label)
-    for label in ("shape", "was", "size", "bits a weight"):
+    errors = {key: label for key, label in ERRORS.items() if any(key in row.report for row in rows)}
+    for label in ("shape", "was", "size", "bits a weight", *errors.values()):
         table.add_column(label, justify="right")
     for row in rows:
         table.add_row(
@@ -58,6 +62,7 @@ def module_rows_table(rows: Sequence[ModuleRow], title: str | None = None) -> Ta
             "x".join(map(str, row.original_shape)),
             human_bytes(row.bytes),
             f"{row.bits_per_weight:.2f}",
+            *(_number(row.report.get(key), ".2%") for key in errors),
         )
     return table
 
