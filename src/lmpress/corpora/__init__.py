@@ -1,0 +1,17 @@
+"""Where calibration and evaluation text comes from."""
+
+from lmpress.corpora.corpus import Corpus, load_corpus
+from lmpress.corpora.generate import generate_text
+from lmpress.corpora.overlap import fingerprint, ngram_overlap
+from lmpress.corpora.windows import adds_bos, calibration_windows, evaluation_windows
+
+__all__ = [
+    "Corpus",
+    "adds_bos",
+    "calibration_windows",
+    "evaluation_windows",
+    "fingerprint",
+    "generate_text",
+    "load_corpus",
+    "ngram_overlap",
+]
