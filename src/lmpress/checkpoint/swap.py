@@ -142,7 +142,7 @@ def _embedding(
 ) -> CompressedEmbedding:
     if isinstance(old, CompressedEmbedding):
         return CompressedEmbedding(form, dtype, old.scale, old.padding_idx)
-    scale: Any = getattr(old, "scalar_embed_scale", None)  # Gemma scales the rows that come out
+    scale = getattr(cast(Any, old), "scalar_embed_scale", None)  # Gemma scales the rows that come out
     return CompressedEmbedding(form, dtype, scale, old.padding_idx)
 
 

@@ -56,8 +56,8 @@ def compress(
         return
     stdout.print(
         f"[bold]{output}[/bold]: {human_bytes(told['bytes_on_disk'])} on disk, "
-        f"{told['ratio']:.1%} of 16 bits; {told['linear_bpw']:.2f} bits a weight in the linears; {told['seconds']:.0f} s, "
-        f"{human_bytes(told['peak_resident_set'])} at the peak",
+        f"{told['ratio']:.1%} of 16 bits; {told['linear_bpw']:.2f} bits a weight in the linears; "
+        f"{told['seconds']:.0f} s, {human_bytes(told['peak_resident_set'])} at the peak",
         highlight=False,
     )
     recovery = told["recovery"]

@@ -25,7 +25,8 @@ def inspect(
     sizes = told["sizes"]
     stdout.print(
         f"weights {human_bytes(sizes['weight_bytes'])}, "
-        f"{sizes['weight_bytes'] / sizes['bytes_16bit']:.1%} of 16 bits; linears {sizes['linear_bpw']:.2f} bits a weight",
+        f"{sizes['weight_bytes'] / sizes['bytes_16bit']:.1%} of 16 bits; "
+        f"linears {sizes['linear_bpw']:.2f} bits a weight",
         highlight=False,
     )
     for reason, count in told["unchanged"].items():
