@@ -53,6 +53,11 @@ class Pattern(ABC):
     def mask(self) -> Tensor:
         """bool (out, in), true where an entry is kept."""
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Kept values in row-major order, any shape, -> (out, in) with zeros elsewhere; differentiable."""
+        zeros = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
+        return zeros.masked_scatter(self.mask(), values)
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What rebuilds the pattern on the meta device."""
@@ -146,7 +151,14 @@ class NofM(Pattern):
 
     def mask(self) -> Tensor:
         subsets = _subsets(self.n, self.m).to(self.packed.device)
-        return subsets[self.ranks()].view(self.shape[0], self.columns)
+        return subsets.index_select(0, self.ranks().view(-1)).view(self.shape[0], self.columns)
+
+    def spread(self, values: Tensor) -> Tensor:
+        subsets = _subsets(self.n, self.m)
+        places = subsets.nonzero()[:, 1].view(-1, self.n).to(self.packed.device)  # (C(m, n), n)
+        index = places.index_select(0, self.ranks().view(-1))  # (groups of all rows, n)
+        zeros = torch.zeros(index.shape[0], self.m, dtype=values.dtype, device=values.device)
+        return zeros.scatter(1, index, values.reshape(-1, self.n)).view(self.shape)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "n:m", "n": self.n, "m": self.m}

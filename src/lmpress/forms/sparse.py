@@ -77,11 +77,11 @@ class Sparse(Form):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return _scale_groups(self._spread(self.pattern, self.values.dense(wide)), self.scale).to(dtype)
+        return _scale_groups(self.pattern.spread(self.values.dense(wide)), self.scale).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is not None and self.scale.shape[1] == 1:  # scale the few outputs, not the many weights
-            weight = self._spread(self.pattern, self.values.dense(x.dtype))
+            weight = self.pattern.spread(self.values.dense(x.dtype))
             return torch.nn.functional.linear(x, weight) * self.scale[:, 0].to(x.dtype)
         return torch.nn.functional.linear(x, self.dense(x.dtype))
 
@@ -90,7 +90,7 @@ class Sparse(Form):
             return self.dense()[index]
         flat = index.reshape(-1)
         picked = self.pattern.with_packed(self.pattern.packed[flat])
-        spread = self._spread(picked, self.values.rows(flat).float())
+        spread = picked.spread(self.values.rows(flat).float())
         scale = None if self.scale is None else self.scale[flat]
         return _scale_groups(spread, scale).view(*index.shape, self.shape[1])
 
@@ -141,7 +141,7 @@ class Sparse(Form):
         if per_value or (self.scale is not None and values.scale.numel() > 1):
             return Dense(self.dense())  # groups of kept entries are no groups of columns
         zero = values.zero()
-        codes = self._spread(self.pattern, values.codes())
+        codes = self.pattern.spread(values.codes())
         if zero is not None:
             rows, columns = self.shape
             fill = zero.repeat_interleave(columns // zero.shape[1], 1).expand(rows, columns)
@@ -154,10 +154,6 @@ class Sparse(Form):
     @property
     def formula(self) -> str:
         return f"Sparse({self.values.formula}; {self.pattern.name})"
-
-    def _spread(self, pattern: Pattern, values: Tensor) -> Tensor:  # (out, k) or (1, kept) -> (out, in)
-        matrix = torch.zeros(pattern.shape, dtype=values.dtype, device=values.device)
-        return matrix.masked_scatter(pattern.mask(), values)
 
 
 def values_shape(mask: Tensor) -> tuple[int, int]:
