@@ -332,7 +332,7 @@ def _refuse_seen(checkpoint: Path, corpora: Sequence[Corpus], texts: Sequence[Ev
     record = manifest.get("calibration") or []
     seen = {}
     if record and (checkpoint / CALIBRATION).is_file():
-        seen[str(record[0]["name"])] = load_file(checkpoint / CALIBRATION)["input_ids"].long().flatten()
+        seen[str(record[0]["name"])] = load_file(checkpoint / CALIBRATION)["input_ids"].long()
     spread = [entry | {"sha256": sha} for entry in record for sha in str(entry.get("sha256")).split(", ")]
     for corpus, text in zip(corpora, texts, strict=True):
         shared = refuse_seen_text(spread, corpus, text.windows, seen)

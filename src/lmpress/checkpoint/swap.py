@@ -141,8 +141,9 @@ def _embedding(
     old: nn.Embedding | CompressedEmbedding, form: Form, dtype: torch.dtype
 ) -> CompressedEmbedding:
     if isinstance(old, CompressedEmbedding):
-        return CompressedEmbedding(form, dtype, old.scale, old.padding_idx)
-    scale = getattr(cast(Any, old), "scalar_embed_scale", None)  # Gemma scales the rows that come out
+        return CompressedEmbedding(form, dtype, old.multiplier, old.padding_idx)
+    stock = cast(Any, old)
+    scale = getattr(stock, "scalar_embed_scale", None)  # Gemma scales the rows that come out
     return CompressedEmbedding(form, dtype, scale, old.padding_idx)
 
 

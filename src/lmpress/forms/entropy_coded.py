@@ -1,0 +1,257 @@
+"""`EntropyCoded(payload, ...)`: a matrix of whole numbers between two diagonals, stored by an entropy coder.
+
+What is stored is near the entropy of the codes, whatever their range; what runs is `resident()`, the codes in
+whole bytes. `lmpress.forms.ans` tells of the coding.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lmpress.forms.base import Form, shape_of
+from lmpress.forms.scaled_codes import (
+    CODE_DTYPES,
+    ScaledCodes,
+    check_scales,
+    describe_scales,
+    empty_scales,
+)
+
+if TYPE_CHECKING:
+    from lmpress.forms.ans import Coded
+
+CHUNK_SIZE = 1 << 16
+"""Codes in a chunk: what a corruption costs, and what a look-up of a row decodes."""
+
+SHARE = 1 << 23
+"""Codes that make it worth starting another process to decode a part of them."""
+
+
+@dataclass(frozen=True, repr=False)
+class EntropyCoded(Form):
+    """A matrix `row_scale * codes * column_scale` whose codes are entropy-coded.
+
+    Attributes:
+        payload: uint8 (bytes,), the coded chunks.
+        chunks: int32 (chunks, 3): words, raw codes and checksum of every chunk.
+        model: uint8 (bytes,): contexts and their tables.
+        row_scale: floating point, (out, 1) or (1, 1).
+        column_scale: floating point, (1, in) or (1, 1).
+        size: (out, in).
+        rows_per_chunk: rows in every chunk but the last.
+        itemsize: bytes of a decoded code, 1, 2 or 4.
+    """
+
+    payload: Tensor
+    chunks: Tensor
+    model: Tensor
+    row_scale: Tensor
+    column_scale: Tensor
+    size: tuple[int, int]
+    rows_per_chunk: int
+    itemsize: int
+    kind = "entropy_coded"
+
+    def __post_init__(self) -> None:
+        check_scales(self.size, self.row_scale, self.column_scale)
+        if self.rows_per_chunk < 1 or self.itemsize not in (1, 2, 4):
+            raise ValueError("an entropy-coded matrix has rows in a chunk, and codes of 1, 2 or 4 bytes")
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, row_scale: Tensor, column_scale: Tensor, chunk_size: int = CHUNK_SIZE
+    ) -> EntropyCoded:
+        """Code a matrix.
+
+        Args:
+            codes: whole numbers (out, in), of any dtype, within 32 signed bits.
+            row_scale: (out, 1) or (1, 1).
+            column_scale: (1, in) or (1, 1).
+            chunk_size: codes in a chunk, rounded to whole rows.
+
+        Raises:
+            ValueError: codes that are no whole numbers of 32 bits, scales that do not fit.
+        """
+        whole = codes.to("cpu", torch.float64 if codes.is_floating_point() else torch.int64)
+        if codes.is_floating_point() and not bool((whole == whole.round()).all()):
+            raise ValueError("codes are whole numbers")
+        if whole.numel() and float(whole.abs().max()) >= 2**31:
+            raise ValueError("codes do not fit into 32 bits")
+        coded = _ans().encode(whole.to(torch.int32).numpy(), chunk_size)
+        parts = [torch.from_numpy(part.copy()).to(codes.device) for part in _parts(coded)]
+        shape = (codes.shape[0], codes.shape[1])
+        return cls(*parts, row_scale, column_scale, shape, coded.rows_per_chunk, coded.itemsize)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    def _coded(self) -> Coded:
+        parts = [part.detach().cpu().numpy() for part in (self.payload, self.chunks, self.model)]
+        coded: Coded = _ans().Coded(*parts, self.size, self.rows_per_chunk, self.itemsize)
+        return coded
+
+    def codes(self) -> Tensor:
+        """The decoded codes (out, in), int8, int16 or int32, on the payload's device.
+
+        Raises:
+            ValueError: names the chunk that is corrupt; no code of it is ever returned.
+        """
+        return torch.from_numpy(self._coded().decode()).to(self.payload.device)
+
+    def resident(self) -> ScaledCodes:
+        """The form that runs: the same matrix with its codes decoded."""
+        return ScaledCodes(self.codes(), self.row_scale, self.column_scale)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.resident().dense(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resident().forward(x)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The rows `index` of the matrix; only the chunks that hold them are decoded."""
+        coded, flat = self._coded(), index.reshape(-1).cpu()
+        wanted, place = torch.unique(flat, return_inverse=True)
+        chunk_of = torch.from_numpy(coded.chunk_of_rows())[wanted]
+        codes = torch.zeros(len(wanted), self.size[1], dtype=CODE_DTYPES[f"int{8 * self.itemsize}"])
+        for number in chunk_of.unique().tolist():
+            rows, decoded = coded.decode_chunk(number)
+            where = torch.full((self.size[0],), -1)
+            where[torch.from_numpy(rows)] = torch.arange(len(rows))
+            here = chunk_of == number
+            codes[here] = torch.from_numpy(decoded)[where[wanted[here]]]
+        scale = self.row_scale if self.row_scale.shape[0] == 1 else self.row_scale[flat]
+        picked = ScaledCodes(codes[place].to(self.payload.device), scale, self.column_scale)
+        return picked.dense().view(*index.shape, self.size[1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "payload": self.payload,
+            "chunks": self.chunks,
+            "model": self.model,
+            "row_scale": self.row_scale,
+            "column_scale": self.column_scale,
+        }
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> EntropyCoded:
+        return replace(self, **{name: tensors[name] for name in self.tensors()})
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "form": self.kind,
+            "shape": list(self.size),
+            "payload_bytes": self.payload.numel(),
+            "model_bytes": self.model.numel(),
+            "rows_per_chunk": self.rows_per_chunk,
+            "code_bytes": self.itemsize,
+            **describe_scales(self.row_scale, self.column_scale),
+        }
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> EntropyCoded:
+        rows, columns = shape = shape_of(description)
+        per_chunk, itemsize = int(description["rows_per_chunk"]), int(description["code_bytes"])
+        count = -(-rows // max(1, per_chunk)) if columns else 0
+        meta = {"device": "meta"}
+        payload = torch.empty(int(description["payload_bytes"]), dtype=torch.uint8, **meta)
+        chunks = torch.empty(count, 3, dtype=torch.int32, **meta)
+        model = torch.empty(int(description["model_bytes"]), dtype=torch.uint8, **meta)
+        return cls(payload, chunks, model, *empty_scales(shape, description), shape, per_chunk, itemsize)
+
+    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
+        return rewriter(self)
+
+    @property
+    def formula(self) -> str:
+        return f"ec{self.bits_per_weight:.2f}" if self.payload.numel() else "ec"
+
+
+def decode_all(
+    forms: Sequence[EntropyCoded], names: Sequence[str] | None = None, processes: int | None = None
+) -> list[ScaledCodes]:
+    """`[form.resident() for form in forms]`, shared among processes where there is much to decode.
+
+    Args:
+        forms: any number.
+        names: of the forms, for the message of an error.
+        processes: at most this many, this one included; None for one a processor.
+
+    Raises:
+        ValueError: names the form and its chunk that is corrupt.
+    """
+    names = names or [f"an entropy-coded matrix of {f.size[0]} x {f.size[1]}" for f in forms]
+    jobs = [replace(f._coded(), name=name) for f, name in zip(forms, names, strict=True)]
+    total = sum(f.size[0] * f.size[1] for f in forms)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shares = _shares(jobs, max(1, min(processes or usable, total // SHARE)))
+    decoded: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [_start([jobs[i] for i in share], Path(folder) / str(k)) for k, share in enumerate(shares[1:])]
+        for i in shares[0]:
+            decoded[i] = jobs[i].decode()
+        for worker, share, k in zip(workers, shares[1:], range(len(workers)), strict=True):
+            worker.wait()
+            decoded |= _collect([(i, jobs[i]) for i in share], Path(folder) / f"{k}.out", worker.returncode)
+    return [
+        ScaledCodes(torch.from_numpy(decoded[i]).to(f.payload.device), f.row_scale, f.column_scale)
+        for i, f in enumerate(forms)
+    ]
+
+
+def _shares(jobs: Sequence[Coded], count: int) -> list[list[int]]:
+    """The numbers of the jobs, dealt out so that every share has about as much to decode."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    load = [0] * count
+    for i in sorted(range(len(jobs)), key=lambda i: -jobs[i].shape[0] * jobs[i].shape[1]):
+        least = load.index(min(load))
+        shares[least].append(i)
+        load[least] += jobs[i].shape[0] * jobs[i].shape[1]
+    return shares
+
+
+def _start(jobs: list[Coded], path: Path) -> subprocess.Popen[bytes]:
+    """Another process that decodes `jobs` into `path`.out."""
+    with open(path, "wb") as file:
+        _ans().write_jobs(file, jobs)
+    command = [sys.executable, str(_ans().__file__), str(path), f"{path}.out"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _collect(jobs: Sequence[tuple[int, Coded]], path: Path, failed: int) -> dict[int, Any]:
+    """What another process decoded; decoded again here if it failed, so that the error has its words."""
+    if failed:
+        return {i: job.decode() for i, job in jobs}
+    result, at = {}, 0
+    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
+    for i, job in jobs:
+        size = job.shape[0] * job.shape[1] * job.itemsize
+        result[i] = data[at : at + size].view(f"i{job.itemsize}").reshape(job.shape).copy()
+        at += size
+    return result
+
+
+def _parts(coded: Coded) -> tuple[Any, Any, Any]:
+    return coded.payload, coded.chunks, coded.model
+
+
+def _ans() -> ModuleType:
+    """The coder, imported where it is used."""
+    try:
+        from lmpress.forms import ans
+    except ImportError as missing:
+        raise ImportError(
+            "entropy-coded weights need the constriction library: pip install constriction"
+        ) from missing
+    return ans

@@ -1,0 +1,135 @@
+"""Matrix products of float32 activations with int8 codes, in exact integer arithmetic.
+
+A row x of activations is written in fixed point and cut into four signed bytes,
+
+    x = unit * (d0 + 2^8 d1 + 2^16 d2 + 2^24 d3) + e,    unit = max|x| / (127 * 2^24),
+
+with |e| <= unit + 2^-24 |x|, so that with one scale a row of the weight
+
+    x @ dense().T = scale * unit * sum_k 2^(8k) (d_k @ codes.T)
+
+and each product d_k @ codes.T is exact in int32. The error e of an activation is one rounding of float32 and
+at most 2^-30 of the largest activation of its row; the result is nearer to the exact one than a float32
+product, whose sums round at every step. Processors with int8 dot products do the four products faster than
+a single one in float32, and the codes are read as they are stored, at a quarter of the bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from lmpress.forms import Quantized
+from lmpress.kernels import floating
+from lmpress.kernels.codes import centered_codes
+from lmpress.kernels.scratch import fitting, scratch
+
+LARGEST = 127 * 2.0**24
+"""What the largest activation becomes: the top digit then stays below 128, carry and all."""
+
+SMALLEST = 1e-28
+"""Rows below this count as this: its unit is still a normal float32."""
+
+LONGEST = 1 << 16
+"""Columns up to which a sum of 128 * 128 per column stays well within int32."""
+
+PART = 128
+"""Activations at a time: 512 rows of digits keep the int8 units busy, and their products stay in cache."""
+
+SMALL = 1 << 18
+"""Weights up to so many are converted to float32 faster than a single activation is cut into digits."""
+
+_CARRY = torch.tensor(0x00808080, dtype=torch.int32)
+_SMALLEST = torch.tensor(SMALLEST)
+_UNIT = torch.tensor(1 / LARGEST)
+_POWERS = torch.tensor([[1.0, 2.0**8, 2.0**16, 2.0**24]])  # (1, 4)
+
+
+def run(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
+    """`x @ dense().T` for float32 activations and one scale a row or a tensor.
+
+    Small products, rows that are too long, 8 bits with zero points, and processors without int8 dot products
+    take the way through float32.
+    """
+    (rows, columns), m = form.shape, x.shape[0]
+    if (
+        rows * columns * m <= SMALL
+        or not 16 <= columns <= LONGEST
+        or (form.bits == 8 and form.packed_zero is not None)
+        or not has_exact_int8()
+    ):
+        return floating.run_quantized(form, x)
+    y = torch.empty(m, rows)
+    step = min(PART, fitting(columns * x.itemsize, m))
+    for start in range(0, m, step):
+        _run_part(form, x[start : start + step], y[start : start + step])
+    return y
+
+
+def _run_part(form: Quantized, x: Tensor, y: Tensor) -> None:
+    """`y = x @ dense().T` for at most PART activations."""
+    (rows, columns), m, zero = form.shape, x.shape[0], form.zero()
+    digits, unit = split(x)
+    scale = form.scale[:, 0].to(x.dtype)  # (1 or out,)
+    width = 16 * m if form.packed.dtype == torch.int8 else max(16 * m, columns)
+    step = fitting(width, rows)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        codes = centered_codes(form, zero, start, stop)  # (n, in)
+        products = scratch("products", (4 * m, stop - start), torch.int32)
+        torch._int_mm(digits, codes.T, out=products)
+        part = scale if scale.shape[0] == 1 else scale[start:stop]
+        torch.mul(_joined(products, unit), part, out=y[:, start:stop])
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The digits of float32 activations.
+
+    Args:
+        x: (m, in).
+
+    Returns:
+        int8 (4 * m, in), all rows' lowest digits first; and float32 (m, 1), the unit of each row.
+    """
+    m, columns = x.shape
+    if m == 1:
+        unit = torch.maximum(x.abs().amax(-1, keepdim=True), _SMALLEST) * _UNIT
+        fixed = (x / unit).to(torch.int32).add_(_CARRY).bitwise_xor_(_CARRY)
+        return fixed.view(torch.int8).view(columns, 4).T, unit  # little-endian: the lowest digit first
+    work = scratch("work", (m, columns), torch.float32)
+    unit = torch.maximum(torch.abs(x, out=work).amax(-1, keepdim=True), _SMALLEST) * _UNIT
+    fixed = scratch("fixed", (m, columns), torch.int32).copy_(torch.div(x, unit, out=work))
+    fixed.add_(_CARRY).bitwise_xor_(_CARRY)  # bytes in [-128, 128), each with the carry of the one below
+    digits = scratch("digits", (4, m, columns), torch.int8)
+    shifted = work.view(torch.int32)
+    digits[0].copy_(fixed)
+    for k in range(1, 4):
+        digits[k].copy_(torch.bitwise_right_shift(fixed, 8 * k, out=shifted))
+    return digits.view(4 * m, columns), unit
+
+
+def _joined(products: Tensor, unit: Tensor) -> Tensor:
+    """`unit * sum_k 2^(8k) products_k`: int32 (4 * m, n) and float32 (m, 1) -> float32 (m, n)."""
+    m, n = unit.shape[0], products.shape[1]
+    planes = scratch("planes", (4, m, n), torch.float32)
+    planes.view(4 * m, n).copy_(products)
+    if m == 1:
+        return torch.mm(_POWERS * unit, planes.view(4, n))
+    y = planes[3]
+    for k in (2, 1, 0):
+        torch.add(planes[k], y, alpha=256.0, out=y)
+    return y.mul_(unit)
+
+
+@functools.cache
+def has_exact_int8() -> bool:
+    """Whether this CPU multiplies int8 matrices fast, with no saturation on the way (AVX-512 VNNI)."""
+    if not (
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.cpu._is_vnni_supported()
+    ):
+        return False
+    worst = torch.full((64, 64), -128, dtype=torch.int8)
+    return bool((torch._int_mm(worst, worst.T) == 64 * 128 * 128).all())
