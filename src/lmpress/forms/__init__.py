@@ -2,12 +2,14 @@
 
 from lmpress.forms.base import Form, form_from_description
 from lmpress.forms.dense import Dense
+from lmpress.forms.entropy_coded import EntropyCoded, decode_all
 from lmpress.forms.linear import CompressedEmbedding, CompressedLinear
 from lmpress.forms.low_rank import LowRank
 from lmpress.forms.packing import pack_codes, packed_width, unpack_codes
 from lmpress.forms.pattern import Bitmap, NofM, Pattern
 from lmpress.forms.pivoted import Pivoted
 from lmpress.forms.quantized import Quantized
+from lmpress.forms.scaled_codes import ScaledCodes
 from lmpress.forms.sparse import Sparse
 from lmpress.forms.sum import Sum
 
@@ -16,14 +18,17 @@ __all__ = [
     "CompressedEmbedding",
     "CompressedLinear",
     "Dense",
+    "EntropyCoded",
     "Form",
     "LowRank",
     "NofM",
     "Pattern",
     "Pivoted",
     "Quantized",
+    "ScaledCodes",
     "Sparse",
     "Sum",
+    "decode_all",
     "form_from_description",
     "pack_codes",
     "packed_width",

@@ -1,14 +1,14 @@
 """Entropy coding of a matrix of integer codes: ANS with static models by context, in chunks.
 
 The coder is `constriction`'s (asymmetric numeral systems, arXiv 1311.2540); all that it is told are whole
-numbers, so that a stream means the same on every machine. This module imports numpy and constriction only: it
-is also the program that a second process runs to share the decoding (`python ans.py JOBS RESULTS`), because
-the coder holds the interpreter's lock.
+numbers, so that a stream means the same on every machine. This module imports numpy and constriction alone:
+it is also the program that a second process runs to share the decoding (`python ans.py JOBS RESULTS`),
+because the coder holds the interpreter's lock.
 
 Contexts. Codes are about as large as (class of the row) + (class of the column), both logarithmic; that sum
-is the context of a code. A context has one table of densities, symmetric in the sign: one byte at every knot, in
-eighths of an octave below the densest, and straight lines between (of the logarithm). Knots are the magnitudes
-up to 8, then 4 to an octave. What lies beyond a table's last knot is an escape, stored raw.
+is the context of a code. A context has one table of densities, symmetric in the sign: one byte at every knot,
+in eighths of an octave below the densest, and straight lines between (of the logarithm). Knots are the
+magnitudes up to 8, then 4 to an octave. What lies beyond a table's last knot is an escape, stored raw.
 
 Stored are
 
@@ -26,6 +26,7 @@ import sys
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -103,7 +104,7 @@ def _levels(size: Array, resolution: float) -> Array:
 
 
 def histogram(codes: Array, contexts: Contexts) -> Array:
-    """How often every magnitude occurs in every context, (contexts, M + 2); the last column counts M + 1 and up.
+    """How often every magnitude occurs in every context, (contexts, M + 2); the last column counts above M.
 
     M is the largest magnitude that occurs, or `LARGEST` if that is less.
     """
@@ -116,7 +117,7 @@ def histogram(codes: Array, contexts: Contexts) -> Array:
 
 
 def fit_table(counts: Array) -> tuple[bytes, float]:
-    """One context's table from its histogram (M + 2,), and the bits that its codes and the table will take."""
+    """One context's table from its histogram (M + 2,), and the bits that codes and table will take."""
     total = int(counts.sum())
     if not total:
         return b"\0", 8.0
@@ -180,7 +181,6 @@ class Coded:
     @cached_property
     def parsed(self) -> tuple[Contexts, list[bytes]]:
         """Contexts and tables. ValueError where the model is broken."""
-        rows, columns = self.shape
         data = self.model.tobytes()
         try:
             flags, at = data[0], 1
@@ -220,9 +220,8 @@ class Coded:
             raise ValueError(f"the chunk table of {self._what} is corrupt")
         starts = np.append(0, 4 * np.cumsum(self.chunks[:, :2].sum(1, dtype=np.int64)))
         if int(starts[-1]) != len(self.payload):
-            raise ValueError(
-                f"the payload of {self._what} has {len(self.payload)} bytes, its chunks take {int(starts[-1])}"
-            )
+            sizes = f"{len(self.payload)} bytes, its chunks take {int(starts[-1])}"
+            raise ValueError(f"the payload of {self._what} has {sizes}")
         return starts
 
     def decode(self) -> Array:
@@ -237,11 +236,16 @@ class Coded:
         """The rows that a chunk holds."""
         return self.row_order[number * self.rows_per_chunk : (number + 1) * self.rows_per_chunk]
 
-    def chunk_of_rows(self) -> Array:
-        """The chunk that holds every row, (out,)."""
-        chunk = np.empty(self.shape[0], np.int64)
-        chunk[self.row_order] = np.arange(self.shape[0]) // self.rows_per_chunk
-        return chunk
+    def decode_rows(self, rows: Array) -> Array:
+        """The codes of the rows `rows` (k,), each at most once; only their chunks are decoded."""
+        place = np.empty(self.shape[0], np.int64)
+        place[self.row_order] = np.arange(self.shape[0])
+        chunk, offset = np.divmod(place[rows], self.rows_per_chunk)
+        result = np.zeros((len(rows), self.shape[1]), np.dtype(f"i{self.itemsize}"))
+        for number in np.unique(chunk).tolist() if result.size else ():
+            here = chunk == number
+            result[here] = self.decode_chunk(number)[1][offset[here]]
+        return result
 
     def decode_chunk(self, number: int) -> tuple[Array, Array]:
         """The rows of one chunk and their codes (rows, in). ValueError where the chunk is corrupt."""
@@ -261,7 +265,7 @@ class Coded:
 
     @cached_property
     def _layout(self) -> tuple[Array, Array, list[Any]]:
-        """Columns in the order of their class, the bounds of the classes, and the coder's model by context."""
+        """Columns in the order of their class, the bounds of the classes, the coder's model by context."""
         contexts, tables = self.parsed
         order = np.argsort(contexts.columns, kind="stable")
         bounds = np.append(0, np.cumsum(np.bincount(contexts.columns, minlength=1)))
@@ -306,9 +310,9 @@ def checksum(codes: Array, seed: int) -> int:
 
 def rectangles(row_classes: Array, bounds: Array) -> list[tuple[int, list[tuple[slice, slice]]]]:
     """Contexts in ascending order, each with its rectangles of a chunk whose rows are sorted by class."""
-    cuts = np.flatnonzero(np.diff(row_classes, prepend=-1)).tolist() + [len(row_classes)]
+    cuts = [*np.flatnonzero(np.diff(row_classes, prepend=-1)).tolist(), len(row_classes)]
     places: dict[int, list[tuple[slice, slice]]] = {}
-    for top, bottom in zip(cuts, cuts[1:], strict=False):
+    for top, bottom in pairwise(cuts):
         for column_class in range(len(bounds) - 1):
             left, right = int(bounds[column_class]), int(bounds[column_class + 1])
             if right > left:

@@ -16,12 +16,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lmpress.forms.base import Form, shape_of
 from lmpress.forms.scaled_codes import (
-    CODE_DTYPES,
     ScaledCodes,
     check_scales,
     describe_scales,
@@ -89,9 +89,10 @@ class EntropyCoded(Form):
         if whole.numel() and float(whole.abs().max()) >= 2**31:
             raise ValueError("codes do not fit into 32 bits")
         coded = _ans().encode(whole.to(torch.int32).numpy(), chunk_size)
-        parts = [torch.from_numpy(part.copy()).to(codes.device) for part in _parts(coded)]
-        shape = (codes.shape[0], codes.shape[1])
-        return cls(*parts, row_scale, column_scale, shape, coded.rows_per_chunk, coded.itemsize)
+        parts = (coded.payload, coded.chunks, coded.model)
+        payload, chunks, model = (torch.from_numpy(part.copy()).to(codes.device) for part in parts)
+        scales, shape = (row_scale, column_scale), (codes.shape[0], codes.shape[1])
+        return cls(payload, chunks, model, *scales, shape, coded.rows_per_chunk, coded.itemsize)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -122,18 +123,11 @@ class EntropyCoded(Form):
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows `index` of the matrix; only the chunks that hold them are decoded."""
-        coded, flat = self._coded(), index.reshape(-1).cpu()
-        wanted, place = torch.unique(flat, return_inverse=True)
-        chunk_of = torch.from_numpy(coded.chunk_of_rows())[wanted]
-        codes = torch.zeros(len(wanted), self.size[1], dtype=CODE_DTYPES[f"int{8 * self.itemsize}"])
-        for number in chunk_of.unique().tolist():
-            rows, decoded = coded.decode_chunk(number)
-            where = torch.full((self.size[0],), -1)
-            where[torch.from_numpy(rows)] = torch.arange(len(rows))
-            here = chunk_of == number
-            codes[here] = torch.from_numpy(decoded)[where[wanted[here]]]
+        flat = index.reshape(-1)
+        wanted, place = np.unique(flat.cpu().numpy(), return_inverse=True)
+        codes = torch.from_numpy(self._coded().decode_rows(wanted)[place])
         scale = self.row_scale if self.row_scale.shape[0] == 1 else self.row_scale[flat]
-        picked = ScaledCodes(codes[place].to(self.payload.device), scale, self.column_scale)
+        picked = ScaledCodes(codes.to(self.payload.device), scale, self.column_scale)
         return picked.dense().view(*index.shape, self.size[1])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -146,7 +140,9 @@ class EntropyCoded(Form):
         }
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> EntropyCoded:
-        return replace(self, **{name: tensors[name] for name in self.tensors()})
+        payload, chunks, model = tensors["payload"], tensors["chunks"], tensors["model"]
+        scales = tensors["row_scale"], tensors["column_scale"]
+        return EntropyCoded(payload, chunks, model, *scales, self.size, self.rows_per_chunk, self.itemsize)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -164,10 +160,9 @@ class EntropyCoded(Form):
         rows, columns = shape = shape_of(description)
         per_chunk, itemsize = int(description["rows_per_chunk"]), int(description["code_bytes"])
         count = -(-rows // max(1, per_chunk)) if columns else 0
-        meta = {"device": "meta"}
-        payload = torch.empty(int(description["payload_bytes"]), dtype=torch.uint8, **meta)
-        chunks = torch.empty(count, 3, dtype=torch.int32, **meta)
-        model = torch.empty(int(description["model_bytes"]), dtype=torch.uint8, **meta)
+        payload = torch.empty(int(description["payload_bytes"]), dtype=torch.uint8, device="meta")
+        chunks = torch.empty(count, 3, dtype=torch.int32, device="meta")
+        model = torch.empty(int(description["model_bytes"]), dtype=torch.uint8, device="meta")
         return cls(payload, chunks, model, *empty_scales(shape, description), shape, per_chunk, itemsize)
 
     def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
@@ -198,12 +193,19 @@ def decode_all(
     shares = _shares(jobs, max(1, min(processes or usable, total // SHARE)))
     decoded: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        workers = [_start([jobs[i] for i in share], Path(folder) / str(k)) for k, share in enumerate(shares[1:])]
-        for i in shares[0]:
-            decoded[i] = jobs[i].decode()
-        for worker, share, k in zip(workers, shares[1:], range(len(workers)), strict=True):
-            worker.wait()
-            decoded |= _collect([(i, jobs[i]) for i in share], Path(folder) / f"{k}.out", worker.returncode)
+        paths = [Path(folder) / f"{k}" for k in range(1, len(shares))]
+        workers = [
+            _start([jobs[i] for i in share], path) for share, path in zip(shares[1:], paths, strict=True)
+        ]
+        try:
+            decoded |= {i: jobs[i].decode() for i in shares[0]}
+            for worker, share, path in zip(workers, shares[1:], paths, strict=True):
+                failed = worker.wait() != 0
+                decoded |= {i: jobs[i].decode() for i in share} if failed else _read(path, jobs, share)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
     return [
         ScaledCodes(torch.from_numpy(decoded[i]).to(f.payload.device), f.row_scale, f.column_scale)
         for i, f in enumerate(forms)
@@ -222,28 +224,22 @@ def _shares(jobs: Sequence[Coded], count: int) -> list[list[int]]:
 
 
 def _start(jobs: list[Coded], path: Path) -> subprocess.Popen[bytes]:
-    """Another process that decodes `jobs` into `path`.out."""
+    """Another process that decodes `jobs` into `path`.codes; it loads nothing but numpy and the coder."""
     with open(path, "wb") as file:
         _ans().write_jobs(file, jobs)
-    command = [sys.executable, str(_ans().__file__), str(path), f"{path}.out"]
+    command = [sys.executable, "-P", str(_ans().__file__), str(path), f"{path}.codes"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _collect(jobs: Sequence[tuple[int, Coded]], path: Path, failed: int) -> dict[int, Any]:
-    """What another process decoded; decoded again here if it failed, so that the error has its words."""
-    if failed:
-        return {i: job.decode() for i, job in jobs}
-    result, at = {}, 0
-    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
-    for i, job in jobs:
-        size = job.shape[0] * job.shape[1] * job.itemsize
-        result[i] = data[at : at + size].view(f"i{job.itemsize}").reshape(job.shape).copy()
+def _read(path: Path, jobs: Sequence[Coded], share: Sequence[int]) -> dict[int, Any]:
+    """What another process decoded, by the number of the job."""
+    data, result, at = np.fromfile(f"{path}.codes", np.uint8), {}, 0
+    for i in share:
+        rows, columns = jobs[i].shape
+        size = rows * columns * jobs[i].itemsize
+        result[i] = data[at : at + size].view(f"i{jobs[i].itemsize}").reshape(rows, columns)
         at += size
     return result
-
-
-def _parts(coded: Coded) -> tuple[Any, Any, Any]:
-    return coded.payload, coded.chunks, coded.model
 
 
 def _ans() -> ModuleType:

@@ -1,4 +1,4 @@
-"""`ScaledCodes(codes, row_scale, column_scale)`: row_scale * codes * column_scale, with codes of whole bytes."""
+"""`ScaledCodes(codes, row_scale, column_scale)`: row_scale * codes * column_scale."""
 
 from __future__ import annotations
 

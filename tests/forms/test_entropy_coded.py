@@ -1,0 +1,263 @@
+"""Entropy-coded weights: bit-exact, small, and never wrong in silence."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lmpress.forms import EntropyCoded, ScaledCodes, ans, decode_all, form_from_description
+
+
+def scales(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(rows, 1, generator=generator) + 0.1, torch.rand(1, columns, generator=generator).half()
+
+
+def coded(codes: Tensor, chunk_size: int = 1 << 16) -> EntropyCoded:
+    return EntropyCoded.from_codes(codes, *scales(*codes.shape), chunk_size=chunk_size)
+
+
+def laplace(rows: int, columns: int, size: float, seed: int = 0) -> Tensor:
+    """Codes whose magnitude differs by row and by column."""
+    random = np.random.default_rng(seed)
+    by_row, by_column = np.exp(0.6 * random.normal(size=(rows, 1))), np.exp(0.4 * random.normal(size=columns))
+    return torch.from_numpy(np.round(random.laplace(size=(rows, columns)) * size * by_row * by_column)).long()
+
+
+matrices = st.tuples(
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0, 1, 5, 100, 3000, 10**6, 2**31 - 1]),
+    st.sampled_from([1, 7, 64, 1 << 16]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrices)
+def test_round_trip_is_exact(case: tuple[int, int, int, int, int]) -> None:
+    rows, columns, seed, largest, chunk_size = case
+    random = np.random.default_rng(seed)
+    spread = random.random((rows, 1)) ** 4 * random.random(columns) ** 4 * random.random((rows, columns)) ** 3
+    signs = random.choice([-1, 1], size=(rows, columns))
+    codes = torch.from_numpy(np.round(spread * largest * signs).astype(np.int64))
+    form = coded(codes, chunk_size)
+    assert torch.equal(form.codes().long(), codes)
+    largest = int(codes.abs().max()) if codes.numel() else 0
+    assert form.codes().dtype == (
+        torch.int8 if largest < 128 else torch.int16 if largest < 1 << 15 else torch.int32
+    )
+    rebuilt = form_from_description(json.loads(json.dumps(form.describe())))
+    shapes = {name: (t.shape, t.dtype) for name, t in form.tensors().items()}
+    assert shapes == {name: (t.shape, t.dtype) for name, t in rebuilt.tensors().items()}
+    assert torch.equal(rebuilt.with_tensors(form.tensors()).dense(), form.dense())
+
+
+@pytest.mark.parametrize("size", [0.4, 1.5, 6.0, 40.0])
+def test_size_is_close_to_the_entropy_of_the_contexts(size: float) -> None:
+    codes = laplace(768, 512, size)
+    form = coded(codes)
+    contexts = form._coded().parsed[0]
+    context = torch.from_numpy(contexts.rows).long()[:, None] + torch.from_numpy(contexts.columns).long()
+    entropy = 0.0
+    for number in context.unique():
+        counts = torch.unique(codes[context == number], return_counts=True)[1].double()
+        entropy -= float((counts * (counts / counts.sum()).log2()).sum())
+    stored = form.num_bytes - form.row_scale.numel() * 4 - form.column_scale.numel() * 2
+    assert 0.99 * entropy < 8 * stored < (1.01 if size > 2 else 1.02) * entropy  # tables included
+    plain = torch.unique(codes, return_counts=True)[1].double() / codes.numel()
+    assert 8 * stored < float(-(plain * plain.log2()).sum()) * codes.numel()  # contexts pay
+
+
+def test_num_bytes_counts_every_tensor() -> None:
+    form = coded(laplace(100, 64, 3.0))
+    parts = form.tensors()
+    assert form.num_bytes == sum(t.numel() * t.element_size() for t in parts.values())
+    assert next(iter(parts)) == "payload"
+    assert form.payload.ndim == 1
+    assert form.bits_per_weight == pytest.approx(8 * form.num_bytes / 6400)
+
+
+def test_dense_forward_and_rows_agree_with_the_formula() -> None:
+    codes = laplace(50, 32, 4.0)
+    row_scale, column_scale = scales(50, 32)
+    expected = codes.double() * row_scale.double() * column_scale.double()
+    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))
+    index = torch.tensor([[4, 49, 4], [0, 17, 30]])
+    form = coded(codes, chunk_size=300)
+    for one in (form, form.resident()):
+        torch.testing.assert_close(one.dense(torch.float64), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(one.dense(), expected.float())
+        torch.testing.assert_close(one.forward(x), x @ expected.float().T, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(one.rows(index), expected.float()[index])
+        assert one.shape == (50, 32)
+    for shapes in ((1, 1), (50, 1)):
+        flat = EntropyCoded.from_codes(codes, torch.full(shapes, 0.5), torch.full((1, 1), 0.25))
+        assert torch.equal(flat.dense(), codes * 0.125)
+        assert torch.equal(flat.rows(index), codes[index] * 0.125)
+
+
+def test_rows_decode_only_their_chunks() -> None:
+    codes = laplace(64, 32, 4.0)
+    form = coded(codes, chunk_size=256)
+    spoiled = replace(form, chunks=form.chunks.clone())
+    spoiled.chunks[0, 2] ^= 1
+    first = set(form._coded().chunk_rows(0).tolist())
+    elsewhere = torch.tensor([row for row in range(64) if row not in first])
+    assert len(elsewhere) == 56
+    assert torch.equal(spoiled.rows(elsewhere), form.dense()[elsewhere])
+    with pytest.raises(ValueError, match="chunk 0"):
+        spoiled.rows(torch.arange(64))
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        torch.zeros(9, 33),
+        torch.cat([torch.zeros(5, 20), torch.ones(1, 20), torch.full((1, 20), -4000)]),
+        torch.tensor([[2**31 - 1, -(2**31) + 1], [0, 5]]),
+        torch.arange(-300, 300)[:, None],
+        torch.arange(-300, 300)[None, :],
+        torch.tensor([[7]]),
+        torch.full((70, 70), 1_000_000),
+    ],
+    ids=["zeros", "zero rows", "extremes", "one column", "one row", "one code", "all escape"],
+)
+def test_odd_matrices(codes: Tensor) -> None:
+    form = coded(codes, chunk_size=64)
+    assert torch.equal(form.codes().double(), codes.double())
+
+
+def test_any_flipped_bit_is_an_error() -> None:
+    codes = laplace(40, 24, 5.0)
+    codes[3, 3] = 10**6  # an escape
+    form = coded(codes, chunk_size=240)
+    random = np.random.default_rng(0)
+    for name in ("payload", "chunks", "model"):
+        whole = form.tensors()[name]
+        for _ in range(60):
+            raw = bytearray(whole.numpy().tobytes())
+            raw[random.integers(len(raw))] ^= 1 << int(random.integers(8))
+            spoiled = torch.frombuffer(raw, dtype=whole.dtype).view(whole.shape)
+            with pytest.raises(ValueError, match=r"corrupt|truncated|payload"):
+                form.with_tensors(form.tensors() | {name: spoiled}).codes()
+
+
+def test_a_corrupt_chunk_is_named() -> None:
+    form = coded(laplace(64, 64, 5.0), chunk_size=1024)
+    starts = form._coded()._starts
+    assert len(starts) == 5
+    payload = form.payload.clone()
+    payload[int(starts[2]) + 8] ^= 255
+    with pytest.raises(ValueError, match="chunk 2 of an entropy-coded matrix of 64 x 64 is corrupt"):
+        replace(form, payload=payload).codes()
+    with pytest.raises(ValueError, match=r"chunk 2 of layers\.0\.mlp is corrupt"):
+        decode_all([form, replace(form, payload=payload)], ["a", "layers.0.mlp"])
+
+
+def test_truncated_streams() -> None:
+    form = coded(laplace(64, 64, 5.0), chunk_size=1024)
+    with pytest.raises(ValueError, match="payload"):
+        replace(form, payload=form.payload[:-4]).codes()
+    with pytest.raises(ValueError, match="chunk table"):
+        replace(form, chunks=form.chunks[:-1]).codes()
+    for cut in (1, 5, 60, form.model.numel()):
+        with pytest.raises(ValueError, match=r"model|chunk 0"):
+            replace(form, model=form.model[:-cut]).codes()
+
+
+def test_the_same_bytes_every_time_and_known_ones() -> None:
+    """The stream is a file format: were this to change, old checkpoints could not be read."""
+    codes = torch.tensor([[0, 1, -1, 2], [0, 0, 3, -70000]])
+    form = coded(codes)
+    again = coded(codes.to(torch.int32))
+    assert all(
+        torch.equal(a, b) for a, b in zip(form.tensors().values(), again.tensors().values(), strict=True)
+    )
+    assert form.model.tolist() == KNOWN_MODEL
+    assert form.payload.tolist() == KNOWN_PAYLOAD
+
+
+KNOWN_MODEL = [0, 4, 0, 13, 21, 21, 13]
+KNOWN_PAYLOAD = [179, 171, 153, 235, 71, 4, 0, 0, 144, 238, 254, 255]
+
+
+@pytest.mark.parametrize(
+    "table", [bytes([1, 0, 255]), bytes([9, *range(0, 80, 10), 200, 255]), bytes([45] + [3] * 46)]
+)
+def test_tables_expand_to_whole_frequencies(table: bytes) -> None:
+    middle, frequencies = ans.expand_table(table)
+    assert middle == ans.KNOTS[table[0] - 1]
+    assert len(frequencies) == 2 * middle + 2
+    assert int(frequencies.sum()) == 1 << 22
+    assert int(frequencies.min()) >= 1
+    half = frequencies[middle:-1]
+    assert (half[1:] != frequencies[:middle][::-1]).sum() <= 1  # one takes what is left to 2^22
+    for knot, step in zip(ans.KNOTS[: table[0]].tolist()[1:], table[2:-1], strict=True):
+        if half[knot] > 100 and table[1] == 0 and int(frequencies.argmax()) == middle:
+            ratio = (half[knot] + 0.5) / (half[1] + 0.5) / 2 ** ((table[2] - step) / 8)
+            assert 0.99 < ratio < 1.01
+
+
+def test_roots_are_powers_of_two() -> None:
+    for i, value in enumerate(ans.ROOTS.tolist()):
+        assert value == pytest.approx(2**32 * math.exp2(-i / 256), abs=16)
+
+
+def test_decode_all_shares_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmpress.forms.entropy_coded.SHARE", 2000)
+    matrices = [laplace(rows, 24, 40.0 * rows, seed=rows) for rows in (50, 100, 3, 200)]
+    forms = [coded(codes) for codes in matrices]
+    assert {form.itemsize for form in forms} > {2}
+    decoded = decode_all(forms, processes=3)
+    for form, codes, one in zip(decoded, matrices, forms, strict=True):
+        assert isinstance(form, ScaledCodes)
+        assert torch.equal(form.codes.long(), codes)
+        assert torch.equal(form.dense(), one.dense())
+    payload = forms[1].payload.clone()
+    payload[3] ^= 1
+    spoiled = [forms[0], replace(forms[1], payload=payload), *forms[2:]]
+    with pytest.raises(ValueError, match="chunk 0 of b is corrupt"):
+        decode_all(spoiled, ["a", "b", "c", "d"], processes=3)
+    assert decode_all([]) == []
+
+
+def test_scales_can_be_trained() -> None:
+    form = coded(laplace(20, 16, 3.0))
+    trained = form.with_tensors(
+        form.tensors()
+        | {name: form.tensors()[name].float().requires_grad_() for name in ("row_scale", "column_scale")}
+    )
+    trained.forward(torch.ones(2, 16)).sum().backward()
+    assert trained.row_scale.grad is not None
+    assert trained.column_scale.grad is not None
+    expected = (form.codes() * form.column_scale.float()).sum(1, keepdim=True) * 2
+    torch.testing.assert_close(trained.row_scale.grad, expected)
+
+
+def test_bad_codes_and_descriptions() -> None:
+    with pytest.raises(ValueError, match="whole"):
+        coded(torch.tensor([[0.5]]))
+    with pytest.raises(ValueError, match="32 bits"):
+        coded(torch.tensor([[2**31]]))
+    with pytest.raises(ValueError, match="fit"):
+        EntropyCoded.from_codes(torch.zeros(3, 4), torch.ones(2, 1), torch.ones(1, 4))
+    description = coded(torch.ones(3, 4)).describe()
+    with pytest.raises(ValueError, match="lacks"):
+        form_from_description({k: v for k, v in description.items() if k != "payload_bytes"})
+    with pytest.raises(ValueError, match="fit"):
+        form_from_description(description | {"row_scales": 2})
+    with pytest.raises(ValueError, match="codes"):
+        form_from_description(description | {"code_bytes": 3})
+    resident = coded(torch.ones(3, 4)).resident()
+    assert isinstance(form_from_description(resident.describe()), ScaledCodes)
+    with pytest.raises(ValueError, match="codes are"):
+        form_from_description(resident.describe() | {"code_dtype": "int64"})
