@@ -144,7 +144,7 @@ def test_case_b_stores_less_and_fits_the_survivors() -> None:
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_one_pass_beats_prune_then_quantize(pattern: str, seed: int) -> None:
     weight, x, statistics = layer(64, 96, seed=seed)
-    options = SparseGptOptions(pattern=pattern, bits=3)
+    options = SparseGptOptions(pattern=pattern, bits=3, block=32)
     joint = output_error(weight, sparsegpt(weight, statistics, options).form.dense(), x)
     sequential = prune_then_quantize(weight, statistics, options)
     assert joint < output_error(weight, sequential.form.dense(), x)
@@ -188,5 +188,5 @@ def test_what_is_refused() -> None:
         sparsegpt(weight[:, :8], statistics, SparseGptOptions())
     with pytest.raises(ValueError, match="symmetric grid"):
         SparseGptOptions(bits=4, symmetric=False)
-    with pytest.raises(ValueError, match="not finite|infinity"):
+    with pytest.raises(ValueError, match="infinity"):
         sparsegpt(weight * torch.inf, statistics, SparseGptOptions())

@@ -68,7 +68,7 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
         return None  # as stored; `_process_model_after_weight_loading` casts what is computed with
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._dtype = kwargs.get("dtype") or torch.float32
+        self._dtype = model.dtype  # the skeleton was made in the type that the user asked for
         plan = self.quantization_config.plan
         forms = {name: form_from_description(description) for name, description in plan.items()}
         put_forms(model, forms, dtype=self._dtype)

@@ -52,10 +52,10 @@ def pivot(low_rank: LowRank, options: PivotOptions | None = None) -> Rewritten:
 
     Returns:
         `Pivoted(Dense (r, n), Dense (m - r, r))` in the dtype of the left factor, or `low_rank` itself where
-        pivoting is not safe, with the `reason`. The report has `rank`, `largest_coefficient`, `swaps`, `error`
-        (relative, of the stored form in float64), `bits_lost` (of the basis when it is quantized: half the
-        binary logarithm of how much more the outputs move than those of a dense weight with the same error in
-        each entry), and `quantization_safe`.
+        pivoting is not safe, with the `reason`. The report has `rank`, `largest_coefficient`, `swaps`,
+        `error` (relative, of the stored form in float64), `bits_lost` (of the basis when it is quantized:
+        half the binary logarithm of how much more the outputs move than those of a dense weight with the
+        same error in each entry), and `quantization_safe`.
     """
     options = options or PivotOptions()
     left, right = low_rank.left.dense(torch.float64), low_rank.right.dense(torch.float64)

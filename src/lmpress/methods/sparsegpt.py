@@ -1,18 +1,19 @@
 """SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (arXiv 2301.00774, algorithm 1).
 
-Minimises `tr((W - B) H (W - B)^T)`, H = E[x x^T], over sparse matrices B. Column by column, with `H^-1 =
-U^T U` (U upper triangular), a removed or quantized weight is made up for by the columns after it:
+Minimises `tr((W - B) H (W - B)^T)`, H = E[x x^T], over sparse matrices B. Column by column, with
+`H^-1 = U^T U` (U upper triangular), a removed or quantized weight is made up for by the columns after it:
 
     keep w_j or not by `w_j^2 / U_jj^2`;     w_k <- w_k - (w_j - b_j) U_jk / U_jj   for every later column k
 
 The choice is made over all rows of a block of 128 columns at once, when the block's turn comes; for n:m
 patterns over each m weights of a row when theirs comes.
 
-Jointly with quantization: the survivors snap to their grid in the same pass, `b_j = Q(w_j)`, so that
-later columns make up for both errors. Joint pruning and quantization (arXiv 2505.07289) tells two cases
-apart: A, everything is quantized, zeros included, and B, only the survivors are. In case A the zeros are
-codes like any other; in case B the grid is fitted to the survivors, and only their codes and the pattern
-are stored.
+Jointly with quantization, survivors snap to their grid in the same pass, `b_j = Q(w_j)`, so that later
+columns make up for both errors, and the score is what removing costs more than keeping does, `(w_j^2 - (w_j
+- Q(w_j))^2) / U_jj^2`. Joint pruning and quantization (arXiv 2505.07289) tells two cases apart: A,
+everything is quantized, zeros included, and B, only the survivors are. In case A the grid is fitted to the
+whole weight, and zeros are codes like any other; in case B it is fitted to the survivors of a first pass
+without quantization, and only their codes and the pattern are stored.
 
 After the pass, sweeps of coordinate descent on the fixed pattern (QuantEase, arXiv 2309.01885) never raise
 the loss.
@@ -111,13 +112,15 @@ def sparsegpt(weight: Tensor, statistics: InputStatistics, options: SparseGptOpt
     """
     hessian = _hessian(weight, statistics)
     factor = damped_inverse_factor(hessian, options.damping, per_channel=options.per_channel_damping)
-    grid = None
+    target, grid = weight.float(), None
     if options.bits is not None:
-        target = weight.float()
-        if options.case == "survivors":  # a guess of the mask, from the first step's scores
-            target = target * _choose(target, factor.upper.diagonal(), options)
-        grid = _fit(target, hessian, options)
-    return _solve(weight.float(), weight.dtype, hessian, factor, options, None, grid)
+        fitted = target
+        if options.case == "survivors":
+            pruned = _Solver(target, replace(options, bits=None), None, None)
+            pruned.solve(factor.upper)
+            fitted = pruned.columns.T
+        grid = _fit(fitted, hessian, options)
+    return _solve(target, weight.dtype, hessian, factor, options, None, grid)
 
 
 def quantize_survivors(form: Form, statistics: InputStatistics, options: SparseGptOptions) -> Rewritten:
@@ -162,13 +165,6 @@ def _hessian(weight: Tensor, statistics: InputStatistics) -> Tensor:
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight holds NaN or infinity")
     return hessian
-
-
-def _choose(weight: Tensor, diagonal: Tensor, options: SparseGptOptions) -> Tensor:
-    """The mask by the scores of the weights as they are, bool (out, in)."""
-    group = parse_pattern(options.pattern)
-    density = density_of(options.pattern, options.sparsity)
-    return keep_largest((weight / diagonal).abs(), density, group, per_row=False)
 
 
 def _fit(weight: Tensor, hessian: Tensor, options: SparseGptOptions) -> Grid:
@@ -239,14 +235,24 @@ class _Solver:
             self.range = (lowest, largest) if grid.zero is None else (0, (1 << grid.bits) - 1)
 
     def _choose(self, start: int, diagonal: Tensor) -> None:
-        """Fix which weights of the run of columns from `start` stay."""
-        stop = min(start + self.run, self.n)
-        scores = (self.columns[start:stop] / diagonal[start:stop, None]).abs()  # (run, out)
+        """Fix which weights of the run of columns from `start` stay: those that cost most to remove."""
+        run = slice(start, min(start + self.run, self.n))
+        scores = self.columns[run].square()  # (run, out)
+        if self.grid is not None:
+            scores -= (self.columns[run] - self._rounded(run)).square()  # what keeping them costs
+        scores /= diagonal[run, None].square()
         if self.group:
             kept = scores.topk(self.group[0], dim=0, sorted=False).indices
-            self.keep[start:stop].scatter_(0, kept, True)
+            self.keep[run].scatter_(0, kept, True)
         else:
-            self.keep[start:stop] = keep_largest(scores, self.density, None, per_row=False)
+            self.keep[run] = keep_largest(scores, self.density, None, per_row=False)
+
+    def _rounded(self, run: slice) -> Tensor:
+        """The grid points nearest to a run of columns (run, out)."""
+        self.keep[run] = True
+        rounded = [self._snap(j, self.columns[j]) for j in range(run.start, run.stop)]
+        self.keep[run] = False
+        return torch.stack(rounded)
 
     def _snap(self, j: int, column: Tensor) -> Tensor:
         if self.grid is None:

@@ -1,0 +1,94 @@
+"""A damaged checkpoint is an error in one line, and never a weight."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lmpress
+from lmpress.errors import RequestError
+
+SHARD = "model-00002-of-00003.safetensors"
+
+
+@pytest.fixture
+def copy(compressed: Callable[[str], Path], tmp_path: Path) -> Path:
+    target = tmp_path / "copy"
+    shutil.copytree(compressed("llama"), target)
+    return target
+
+
+def test_a_healthy_one_loads(copy: Path) -> None:
+    assert lmpress.load(copy).config.model_type == "llama"
+
+
+def test_truncated(copy: Path) -> None:
+    data = (copy / SHARD).read_bytes()
+    (copy / SHARD).write_bytes(data[:-100])
+    with pytest.raises(RequestError, match="truncated"):
+        lmpress.load(copy)
+
+
+def test_a_flipped_bit(copy: Path) -> None:
+    data = bytearray((copy / SHARD).read_bytes())
+    data[-5] ^= 1
+    (copy / SHARD).write_bytes(data)
+    with pytest.raises(RequestError, match="sha256"):
+        lmpress.load(copy)
+
+
+def test_a_header_that_lies(copy: Path) -> None:
+    (copy / SHARD).write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(RequestError, match="header"):
+        lmpress.load(copy)
+
+
+def test_a_missing_shard(copy: Path) -> None:
+    (copy / SHARD).unlink()
+    with pytest.raises(RequestError, match="missing"):
+        lmpress.load(copy)
+
+
+def test_a_path_that_leaves_the_directory(copy: Path) -> None:
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    first = next(iter(index["weight_map"]))
+    index["weight_map"][first] = "../elsewhere.safetensors"
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RequestError, match="outside"):
+        lmpress.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("form", "magic", "unknown form"),
+        ("shape", [64, 63], "shape"),
+        ("bits", 77, "bits"),
+        ("scale_dtype", "int8", "floating-point"),
+    ],
+)
+def test_a_plan_that_was_tampered_with(copy: Path, key: str, value: object, words: str) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    plan = config["quantization_config"]["plan"]
+    plan["model.layers.0.mlp.up_proj"][key] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match=words):
+        lmpress.load(copy)
+
+
+def test_a_manifest_that_is_gone_or_broken(copy: Path) -> None:
+    (copy / "lmpress.json").write_text("{")
+    with pytest.raises(RequestError, match="broken"):
+        lmpress.load(copy)
+    (copy / "lmpress.json").unlink()
+    with pytest.raises(RequestError, match="missing"):
+        lmpress.load(copy)
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no checkpoint"):
+        lmpress.load(tmp_path / "nowhere")
