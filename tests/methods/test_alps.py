@@ -1,0 +1,73 @@
+"""ALPS: the support it finds and the values on it, against least squares row by row."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from lmpress.forms import Sparse
+from lmpress.methods.alps import Admm, AlpsOptions, Metric, alps, refit
+from lmpress.methods.patterns import keep_largest
+from tests.methods.layers import layer, output_error
+from tests.methods.test_sparsegpt import least_squares
+
+
+def test_the_metric_is_the_damped_hessian_in_scaled_inputs() -> None:
+    weight, _, statistics = layer(6, 12)
+    hessian = statistics.require_hessian().double()
+    metric = Metric.of(statistics.require_hessian(), 0.1)
+    damped = hessian + torch.diag(0.1 * hessian.diagonal())
+    scaled = metric.scaled(weight).double()
+    expected = (weight.double() @ damped * weight.double()).sum()
+    assert float(expected) == pytest.approx(float((scaled @ metric.matrix.double() * scaled).sum()), rel=1e-5)
+    torch.testing.assert_close(metric.unscaled(metric.scaled(weight)), weight)
+
+
+def test_refit_is_least_squares_on_each_rows_support() -> None:
+    weight, _, statistics = layer(6, 16)
+    hessian = statistics.require_hessian().double()
+    metric = Metric.of(statistics.require_hessian(), 0.1)
+    mask = keep_largest(weight.abs(), 0.5, None, per_row=False)
+    expected = least_squares(weight, hessian + torch.diag(0.1 * hessian.diagonal()), mask)
+    found = refit(weight, metric, mask, weight, 60)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+    assert not found[~mask].any()
+
+
+def test_refit_never_raises_the_loss() -> None:
+    weight, x, statistics = layer(6, 16)
+    metric = Metric.of(statistics.require_hessian(), 0.0)
+    mask = keep_largest(weight.abs(), 0.5, None, per_row=False)
+    errors = [output_error(weight, refit(weight, metric, mask, weight, k), x) for k in range(6)]
+    assert all(after < before for before, after in pairwise(errors))
+
+
+@pytest.mark.parametrize(("pattern", "kept"), [("unstructured", 24 * 12), ("2:4", 24 * 16), ("1:4", 24 * 8)])
+def test_pattern_and_report(pattern: str, kept: int) -> None:
+    weight, x, statistics = layer(24, 32)
+    result = alps(weight, statistics, AlpsOptions(sparsity=0.625, pattern=pattern))
+    assert isinstance(result.form, Sparse)
+    assert result.form.pattern.kept == kept
+    error = output_error(weight, result.form.dense(), x)
+    assert result.report["output_error"] == pytest.approx(error, rel=1e-3)
+    assert 30 <= result.report["iterations"] <= 300
+
+
+def test_protected_entries_stay() -> None:
+    weight, _, statistics = layer(8, 16)
+    protected = torch.zeros(8, 16, dtype=torch.bool)
+    protected[:, 5] = True
+    metric = Metric.of(statistics.require_hessian(), 0.1)
+    admm = Admm(metric, 0.25, None, protected=protected)
+    admm.start(metric.scaled(weight))
+    for _ in range(20):
+        admm.step(metric.scaled(weight) @ metric.matrix)
+    assert bool(admm.support[:, 5].all())
+    assert int(admm.support.sum()) == 32
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="iterations"):
+        AlpsOptions(iterations=0)
+    with pytest.raises(ValueError, match="sparsity lies"):
+        AlpsOptions(sparsity=1.5)

@@ -1,0 +1,197 @@
+"""Sparse + low-rank: budgets, curves, and what it has to beat."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lmpress.forms import CompressedLinear, LowRank, Quantized, Sparse, Sum, form_from_description
+from lmpress.methods.alps import AlpsOptions, alps
+from lmpress.methods.low_rank_correction import CorrectionOptions
+from lmpress.methods.sparsegpt import SparseGptOptions, sparsegpt
+from lmpress.methods.sslc import SslcOptions, split_budget, sslc
+from lmpress.methods.svd_llm import SvdLlmOptions, svd_llm
+from lmpress.methods.wanda import WandaOptions, wanda
+from lmpress.statistics import InputStatistics
+from tests.methods.layers import layer, output_error
+
+
+def built(rows: int = 64, columns: int = 96, seed: int = 0) -> tuple[Tensor, Tensor, InputStatistics]:
+    """A weight made as sparse (10 %) + rank 6 + noise, over correlated inputs."""
+    _, x, statistics = layer(rows, columns, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    spikes = torch.randn(rows, columns, generator=generator) * 3
+    spikes *= torch.rand(rows, columns, generator=generator) < 0.1
+    low = torch.randn(rows, 6, generator=generator) @ torch.randn(6, columns, generator=generator)
+    noise = 0.2 * torch.randn(rows, columns, generator=generator)
+    return spikes + low + noise, x, statistics
+
+
+def parameters(form: Sum | Sparse | LowRank) -> int:
+    """Kept values and factor entries."""
+    if isinstance(form, Sum):
+        return sum(parameters(term) for term in form.terms if isinstance(term, Sparse | LowRank))
+    return form.pattern.kept if isinstance(form, Sparse) else form.rank * sum(form.shape)
+
+
+@pytest.mark.parametrize("metric", ["hessian", "diagonal"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_beats_either_part_alone_at_the_same_parameters(metric: str, seed: int) -> None:
+    weight, x, statistics = built(seed=seed)
+    errors = {}
+    for kappa in (0.0, 0.4, 1.0):
+        options = SslcOptions(sparsity=0.6, kappa=kappa, metric=metric, damping=0.01, iterations=60)
+        form = sslc(weight, statistics, options).form
+        assert isinstance(form, Sum | Sparse | LowRank)
+        assert 0.38 * weight.numel() < parameters(form) <= 0.4 * weight.numel() + 1
+        errors[kappa] = output_error(weight, form.dense(), x)
+    assert errors[0.4] < 0.8 * min(errors[0.0], errors[1.0])
+
+
+def test_the_contest_at_one_parameter_budget() -> None:
+    weight, x, statistics = built()
+    kept = {
+        "sslc": sslc(weight, statistics, SslcOptions(kappa=0.3)),
+        "alps": alps(weight, statistics, AlpsOptions()),
+        "sparsegpt": sparsegpt(weight, statistics, SparseGptOptions(block=32)),
+        "wanda": wanda(weight, statistics, WandaOptions()),
+        "svd": svd_llm(weight, statistics, SvdLlmOptions(ratio=0.5)),
+    }
+    errors = {name: output_error(weight, result.form.dense(), x) for name, result in kept.items()}
+    assert errors["sslc"] < 0.8 * min(error for name, error in errors.items() if name != "sslc")
+    assert errors["alps"] < errors["sparsegpt"] < errors["wanda"]
+
+
+@pytest.mark.parametrize("metric", ["hessian", "diagonal"])
+def test_the_curve_falls_to_the_error_of_the_result(metric: str) -> None:
+    weight, _, statistics = built()
+    options = SslcOptions(metric=metric, kappa=0.3, damping=0.0, iterations=40)
+    result = sslc(weight, statistics, options)
+    curve = result.report["curve"]
+    assert len(curve) > 5
+    assert all(after <= before for before, after in pairwise(curve))
+    assert curve[-1] < 0.5 * curve[1]
+    hessian = statistics.require_hessian().double()
+    if metric == "diagonal":
+        hessian = torch.diag(hessian.diagonal())
+    difference = weight.double() - result.form.dense(torch.float64)
+    loss = (difference @ hessian * difference).sum() / (weight.double() @ hessian * weight.double()).sum()
+    assert curve[-1] == pytest.approx(float(loss), rel=2e-3)
+
+
+def test_the_full_metric_beats_the_diagonal_on_the_outputs() -> None:
+    weight, x, statistics = built()
+    errors = [
+        output_error(weight, sslc(weight, statistics, SslcOptions(metric=metric)).form.dense(), x)
+        for metric in ("hessian", "diagonal")
+    ]
+    assert errors[0] < errors[1]
+
+
+def test_one_seed_one_result() -> None:
+    weight, _, statistics = built(32, 32)
+    forms = [sslc(weight, statistics, SslcOptions(seed=seed, iterations=30)).form for seed in (3, 3, 4)]
+    for name, tensor in forms[0].tensors().items():
+        assert torch.equal(tensor, forms[1].tensors()[name])
+    assert not torch.equal(forms[0].dense(), forms[2].dense())
+
+
+def test_the_most_salient_weights_stay() -> None:
+    weight, x, statistics = built()
+    form = sslc(weight, statistics, SslcOptions(protect=0.05, kappa=0.4, sparsity=0.7)).form
+    assert isinstance(form, Sum)
+    assert isinstance(form.terms[0], Sparse)
+    salience = weight.abs() * x.square().mean(0).sqrt()
+    salient = salience >= salience.flatten().sort(descending=True).values[round(0.05 * 64 * 96) - 1]
+    assert bool(form.terms[0].pattern.mask()[salient].all())
+
+
+def test_the_search_finds_a_good_split() -> None:
+    weight, x, statistics = built()
+    result = sslc(weight, statistics, SslcOptions(kappa=None, sparsity=0.6))
+    splits = {float(kappa): error for kappa, error in result.report["splits"].items()}
+    assert result.report["kappa"] == min(splits, key=lambda kappa: splits[kappa])
+    assert 0 < result.report["kappa"] < 1
+    sparse = sslc(weight, statistics, SslcOptions(kappa=0.0, sparsity=0.6)).form
+    assert output_error(weight, result.form.dense(), x) < output_error(weight, sparse.dense(), x)
+
+
+def test_budgets() -> None:
+    assert split_budget((4096, 4096), 0.5, 0.25) == (256, 0.375)
+    assert split_budget((64, 64), 0.5, 0.0) == (0, 0.5)
+    assert split_budget((64, 64), 0.5, 1.0) == (16, 0.0)
+    # 2:4 keeps a half; with kappa = 0.5 the factors take as much again
+    assert split_budget((64, 64), 0.9, 0.5, (2, 4)) == (16, 0.5)
+
+
+def test_n_of_m() -> None:
+    weight, x, statistics = built()
+    result = sslc(weight, statistics, SslcOptions(pattern="2:4", kappa=0.2))
+    assert isinstance(result.form, Sum)
+    sparse, low = result.form.terms
+    assert isinstance(sparse, Sparse)
+    assert isinstance(low, LowRank)
+    assert sparse.pattern.name == "2:4"
+    assert low.rank == result.report["rank"] == int(0.25 * 0.5 * 64 * 96 / 160)
+    plain = alps(weight, statistics, AlpsOptions(pattern="2:4")).form
+    assert output_error(weight, result.form.dense(), x) < output_error(weight, plain.dense(), x)
+
+
+def test_quantized_parts_make_up_for_each_other(tmp_path: Path) -> None:
+    weight, x, statistics = built()
+    survivors = SparseGptOptions(bits=4, sweeps=1, per_channel_damping=True, damping=0.1)
+    floating = sslc(weight, statistics, SslcOptions(kappa=0.3)).form
+    factors = CorrectionOptions(bits=4)
+    result = sslc(weight, statistics, SslcOptions(kappa=0.3, survivors=survivors, factors=factors))
+    form = result.form
+    assert isinstance(form, Sum)
+    assert isinstance(floating, Sum)
+    sparse, low = form.terms
+    assert isinstance(sparse, Sparse)
+    assert isinstance(low, LowRank)
+    assert isinstance(low.left, Quantized)
+    assert isinstance(sparse.values, Quantized)
+
+    def separately(matrix: Tensor, bits: int) -> Tensor:
+        scale = matrix.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        return (matrix / scale).round() * scale
+
+    term = floating.terms[1]
+    assert isinstance(term, LowRank)
+    naive = separately(floating.terms[0].dense(), 4)
+    naive += separately(term.left.dense(), 4) @ separately(term.right.dense(), 4)
+    errors = [output_error(weight, w, x) for w in (naive, form.dense(), floating.dense())]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.6 * errors[0]
+    assert result.report["output_error"] == pytest.approx(errors[1], rel=1e-3)
+    # the whole expression stores, loads and runs
+    save_file(form.tensors(), tmp_path / "f.safetensors")
+    loaded = form_from_description(form.describe()).with_tensors(load_file(tmp_path / "f.safetensors"))
+    assert torch.equal(loaded.dense(), form.dense())
+    torch.testing.assert_close(CompressedLinear(loaded)(x), x @ form.dense().T, rtol=1e-3, atol=1e-2)
+    size = (tmp_path / "f.safetensors").stat().st_size
+    header = int.from_bytes((tmp_path / "f.safetensors").read_bytes()[:8], "little") + 8
+    assert form.num_bytes == size - header
+
+
+def test_the_weights_dtype_is_kept() -> None:
+    weight, _, statistics = built(32, 32)
+    form = sslc(weight.bfloat16(), statistics, SslcOptions(iterations=30)).form
+    assert form.formula == "Sparse(bf16; 40%) + LowRank(bf16, bf16; r=1)"
+
+
+def test_what_is_refused() -> None:
+    weight, _, statistics = built(32, 32)
+    with pytest.raises(ValueError, match="kappa below 1"):
+        SslcOptions(pattern="2:4", kappa=None)
+    with pytest.raises(ValueError, match="another pattern"):
+        SslcOptions(survivors=SparseGptOptions(pattern="2:4", bits=4))
+    with pytest.raises(ValueError, match="the metric"):
+        SslcOptions(metric="taste")
+    with pytest.raises(ValueError, match="statistics of"):
+        sslc(weight[:, :16], statistics, SslcOptions())
+    with pytest.raises(ValueError, match="infinity"):
+        sslc(weight * torch.inf, statistics, SslcOptions())
