@@ -2,7 +2,7 @@
 
 from lmpress.forms.base import Form, form_from_description
 from lmpress.forms.dense import Dense
-from lmpress.forms.entropy_coded import EntropyCoded, decode_all
+from lmpress.forms.entropy_coded import EntropyCoded, coded_bits, decode_all
 from lmpress.forms.linear import CompressedEmbedding, CompressedLinear
 from lmpress.forms.low_rank import LowRank
 from lmpress.forms.packing import pack_codes, packed_width, unpack_codes
@@ -28,6 +28,7 @@ __all__ = [
     "ScaledCodes",
     "Sparse",
     "Sum",
+    "coded_bits",
     "decode_all",
     "form_from_description",
     "pack_codes",

@@ -173,6 +173,12 @@ class EntropyCoded(Form):
         return f"ec{self.bits_per_weight:.2f}" if self.payload.numel() else "ec"
 
 
+def coded_bits(codes: Tensor) -> float:
+    """The bits that the payload and the model of `codes` (out, in) will take, within a per mille."""
+    bits: float = _ans().choose_model(codes.to("cpu", torch.int64).numpy())[2]
+    return bits
+
+
 def decode_all(
     forms: Sequence[EntropyCoded], names: Sequence[str] | None = None, processes: int | None = None
 ) -> list[ScaledCodes]:
