@@ -83,7 +83,9 @@ def test_bfloat16_and_device_map(family: str, compressed: Callable[[str], Path])
     assert float((rough.float() - exact).norm() / exact.norm()) < 0.1
     scales = [b for n, b in model.named_buffers() if n.endswith("scale") and "embed_scale" not in n]
     assert scales
-    assert all(scale.dtype == torch.float16 for scale in scales), "a scale keeps the type that it is stored in"
+    assert all(scale.dtype == torch.float16 for scale in scales), (
+        "a scale keeps the type that it is stored in"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -56,10 +56,7 @@ def _rebuilt(loaded: Any, dense: Any) -> dict[str, torch.Tensor]:
         module = name.removesuffix(".weight")
         if dense.config.tie_word_embeddings and module == "lm_head":
             continue  # `tie_weights` brings it
-        if module in forms:
-            value = forms[module].dense()
-        else:
-            value = own[name]
+        value = forms[module].dense() if module in forms else own[name]
         full = torch.zeros_like(stock)
         full[tuple(slice(0, n) for n in value.shape)] = value
         state[name] = full

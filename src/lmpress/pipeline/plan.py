@@ -199,8 +199,9 @@ def _predict(
         exact &= sure
     state = source.skeleton.state_dict(keep_vars=True)
     rest = [name for name in source.names if name.removesuffix(".weight") not in modules]
-    item = torch.empty((), dtype=source.dtype).element_size()
-    total += sum(state[name].numel() * item for name in rest)
+    for name in rest:  # vectors in the type of the source, tables such as learned positions in `dtype`
+        kept = dtype if state[name].dim() > 1 else source.dtype
+        total += state[name].numel() * kept.itemsize
     if any(isinstance(step, Recover) and step.keep == "term" for step in recipe.steps):
         exact = False
     return {"bytes": total, "exact": exact}
@@ -222,7 +223,7 @@ def _module_bits(
     recipe: Recipe, module: ModulePlan, shape: tuple[int, int], dtype: torch.dtype
 ) -> tuple[int, bool]:
     leaves, exact = [shape], True
-    bits = 8 * torch.empty((), dtype=dtype).element_size()
+    bits = 8 * dtype.itemsize
     scales = 0
     for index in module.steps:
         step = recipe.steps[index]

@@ -1,0 +1,86 @@
+"""The plan: targets, hybrids, and bytes that are foretold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lmpress
+from lmpress.errors import RequestError
+
+
+def one(step: dict[str, Any]) -> dict[str, Any]:
+    return {"calibration": {"samples": 4, "seq_len": 32}, "steps": [step]}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "opt"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"quantize": {"bits": 8}},
+        {"quantize": {"bits": 3, "granularity": "group:32"}},
+        {"quantize": {"bits": 5, "symmetric": False, "granularity": "channel"}},
+        {"svd": {"ratio": 0.6}},
+        {"prune_neurons": {"allocation": "uniform", "ratio": 0.25, "multiple_of": 8}},
+    ],
+)
+def test_foretold_bytes_are_those_of_the_files(
+    family: str, step: dict[str, Any], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    predicted = lmpress.plan(tiny(family), one(step))["predicted"]
+    assert predicted["exact"]
+    result = lmpress.compress(tiny(family), one(step), tmp_path / "out", calibration=str(text_file))
+    stored = result.manifest["sizes"]["weight_bytes"]
+    headers = sum(
+        8 + int.from_bytes(p.read_bytes()[:8], "little")
+        for p in (tmp_path / "out").glob("model-*.safetensors")
+    )
+    assert stored - headers == pytest.approx(predicted["bytes"], rel=0.002, abs=256)
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        ("attention", 8),
+        ("mlp", 6),
+        ("linears", 14),
+        ("embeddings", 1),
+        ("*.mlp.down_proj", 2),
+        ("*layers.0*", 7),
+    ],
+)
+def test_targets(targets: str, count: int, tiny: Callable[[str], Path]) -> None:
+    plan = lmpress.plan(tiny("llama"), one({"quantize": {"targets": targets}}))
+    assert len(plan["modules"]) == count
+
+
+def test_a_glob_that_matches_nothing(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(RequestError, match="matches no module"):
+        lmpress.plan(tiny("llama"), one({"quantize": {"targets": "*.experts.*"}}))
+
+
+def test_groups_that_do_not_divide(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(RequestError, match="groups of 40 do not divide the 64 inputs"):
+        lmpress.plan(tiny("llama"), one({"quantize": {"granularity": "group:40"}}))
+
+
+@pytest.mark.parametrize(
+    ("rule", "per_tensor"),
+    [
+        # out-dimensions of a block: q 64, k 32, v 32, o 64, gate 96, up 96, down 64; the median is 64
+        ("percentile", {"k_proj", "v_proj"}),
+        ("name", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("meanstd", {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}),  # mean 64, std 24.2
+    ],
+)
+def test_hybrids(rule: str, per_tensor: set[str], tiny: Callable[[str], Path]) -> None:
+    plan = lmpress.plan(tiny("llama"), one({"quantize": {"granularity": rule}}))
+    found = {
+        name.rpartition(".")[2]
+        for name, module in plan["modules"].items()
+        if module["steps"][0]["quantize"]["granularity"] == "tensor"
+    }
+    assert found == per_tensor

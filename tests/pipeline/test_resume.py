@@ -1,0 +1,178 @@
+"""A killed run goes on, and ends with the bytes of an unbroken one; equal inputs give equal bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+import lmpress
+from lmpress.errors import RequestError
+from lmpress.pipeline import WORK
+from tests.conftest import EVERY_STEP
+from tests.tiny import TINY, save_tiny
+
+RECOVERING: dict[str, Any] = {
+    **EVERY_STEP,
+    "steps": [
+        *EVERY_STEP["steps"],
+        {"recover": {"steps": 4, "seq_len": 32, "learning_rate": 1e-2, "rank": 2}},
+    ],
+}
+
+
+def digest(directory: Path) -> dict[str, str]:
+    """sha256 of every file below a directory, by relative path."""
+    return {
+        str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of six blocks: enough moments to be killed at."""
+    TINY["deep"] = lambda: LlamaConfig(
+        **{**TINY["llama"]().to_dict(), "num_hidden_layers": 6, "model_type": "llama"}
+    )
+    try:
+        return save_tiny("deep", tmp_path_factory.mktemp("deep") / "model")
+    finally:
+        del TINY["deep"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    deep: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, str], float]:
+    """The files of an unbroken run, and how long it took."""
+    root = tmp_path_factory.mktemp("unbroken")
+    lmpress.compress(deep, RECOVERING, root / "warm", calibration=str(text_file))  # imports take time once
+    start = time.perf_counter()
+    lmpress.compress(deep, RECOVERING, root / "out", calibration=str(text_file))
+    return digest(root / "out"), time.perf_counter() - start
+
+
+def start_and_kill(moment: Callable[[], bool], **arguments: Any) -> bool:
+    """Run `lmpress.compress` in a forked process, and SIGKILL it at a moment. Whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            lmpress.compress(**arguments, resume=True)
+        finally:
+            os._exit(0)
+    while not moment():
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_moments_and_resumed(
+    seed: int, deep: Path, text_file: Path, unbroken: tuple[dict[str, str], float], tmp_path: Path
+) -> None:
+    expected, seconds = unbroken
+    arguments = {
+        "model": deep,
+        "recipe": RECOVERING,
+        "output": tmp_path / "out",
+        "calibration": str(text_file),
+    }
+    draw = random.Random(seed)
+
+    def after(share: float) -> Callable[[], bool]:
+        deadline = time.perf_counter() + share * seconds
+        return lambda: time.perf_counter() >= deadline
+
+    killed = sum(start_and_kill(after(draw.uniform(0.02, 0.6)), **arguments) for _ in range(3))
+    assert killed, "no run was interrupted: the test would show nothing"
+    lmpress.compress(**arguments, resume=True)
+    assert digest(tmp_path / "out") == expected
+
+
+def test_same_inputs_same_bytes(
+    deep: Path, text_file: Path, unbroken: tuple[dict[str, str], float], tmp_path: Path
+) -> None:
+    lmpress.compress(deep, RECOVERING, tmp_path / "again", calibration=str(text_file))
+    assert digest(tmp_path / "again") == unbroken[0]
+
+
+def test_another_seed_draws_other_text(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = {**EVERY_STEP, "seed": 43}
+    one = lmpress.compress(deep, recipe, tmp_path / "a", calibration=str(text_file)).manifest
+    two = lmpress.compress(deep, EVERY_STEP, tmp_path / "b", calibration=str(text_file)).manifest
+    assert one["calibration"][0]["ids_sha256"] != two["calibration"][0]["ids_sha256"]
+
+
+def test_resume_with_nothing_there_begins(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    lmpress.compress(tiny("llama"), "int8", tmp_path / "out", resume=True)
+    first = digest(tmp_path / "out")
+    lmpress.compress(tiny("llama"), "int8", tmp_path / "out", resume=True)  # finished: nothing to do
+    assert digest(tmp_path / "out") == first
+
+
+def test_a_full_directory_is_left_alone(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious.txt").write_text("mine")
+    with pytest.raises(RequestError, match="not empty"):
+        lmpress.compress(tiny("llama"), "int8", output)
+    assert digest(output) == {"precious.txt": hashlib.sha256(b"mine").hexdigest()}
+    lmpress.compress(tiny("llama"), "int8", output, force=True)
+    assert (output / "precious.txt").read_text() == "mine"
+    assert not (output / WORK).exists()
+
+
+def test_force_replaces_an_earlier_checkpoint_whole(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    lmpress.compress(tiny("llama-untied"), "int8", tmp_path / "out")
+    lmpress.compress(tiny("llama"), "int8", tmp_path / "out", force=True)
+    lmpress.compress(tiny("llama"), "int8", tmp_path / "fresh")
+    assert digest(tmp_path / "out") == digest(tmp_path / "fresh")
+
+
+def test_resume_of_another_run_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    lmpress.compress(tiny("llama"), "int8", tmp_path / "out")
+    before = digest(tmp_path / "out")
+    with pytest.raises(RequestError, match="another model, recipe"):
+        lmpress.compress(tiny("llama"), "prune", tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == before
+
+
+def test_the_model_itself_is_never_overwritten(tiny: Callable[[str], Path]) -> None:
+    before = digest(tiny("llama"))
+    with pytest.raises(RequestError, match="is to be compressed"):
+        lmpress.compress(tiny("llama"), "int8", tiny("llama"), force=True)
+    assert digest(tiny("llama")) == before
+
+
+def test_a_damaged_shard_is_made_again(
+    deep: Path, text_file: Path, unbroken: tuple[dict[str, str], float], tmp_path: Path
+) -> None:
+    arguments = {
+        "model": deep,
+        "recipe": RECOVERING,
+        "output": tmp_path / "out",
+        "calibration": str(text_file),
+    }
+    journal_path = tmp_path / "out" / WORK / "journal.jsonl"
+    assert start_and_kill(
+        lambda: journal_path.is_file() and b'"block": 1' in journal_path.read_bytes(), **arguments
+    )
+    shards = sorted((tmp_path / "out" / WORK / "checkpoint").glob("model-*.safetensors"))
+    shards[-1].write_bytes(shards[-1].read_bytes()[:-7])
+    with open(journal_path, "ab") as journal:
+        journal.write(b'{"block": 5, "file"')  # a line torn by the crash
+    lmpress.compress(**arguments, resume=True)
+    assert digest(tmp_path / "out") == unbroken[0]
