@@ -96,6 +96,8 @@ class Metric:
     @classmethod
     def of(cls, hessian: Tensor, damping: float) -> Metric:
         """Damp every H_jj by a fraction of itself; inputs that are never active count a little, uncoupled."""
+        if not bool(torch.isfinite(hessian).all()):
+            raise ValueError("the Hessian is not finite")
         diagonal = hessian.diagonal().clamp_min(0)
         mean = diagonal.mean()
         floor = 1e-8 * mean if bool(mean > 0) else torch.ones_like(mean)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmpress.forms import Bitmap, Dense, Form, NofM, Pattern, Quantized, Sparse
+from lmpress.forms import Bitmap, Form, NofM, Pattern, Quantized, Sparse
 from lmpress.forms.pattern import MAX_GROUP
 from lmpress.forms.sparse import values_shape
 
@@ -133,17 +133,3 @@ def survivors(form: Form) -> tuple[Tensor, Tensor]:
     """The matrix (out, in) in float32 and its mask: the pattern of a `Sparse` form, else what is not zero."""
     dense = form.dense()
     return dense, form.pattern.mask() if isinstance(form, Sparse) else dense != 0
-
-
-__all__ = [
-    "Dense",
-    "Grid",
-    "check_grid_fits",
-    "dense_quantized_form",
-    "density_of",
-    "keep_largest",
-    "parse_pattern",
-    "sparse_form",
-    "sparse_quantized_form",
-    "survivors",
-]

@@ -78,10 +78,11 @@ class Subspace:
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product, `left` (m, r) orthonormal so far, with the size of each component shared between both.
+    """The same product, `left` (m, r) orthonormal so far, with the size of each component shared between
+    both.
 
-    `left D` and `D^-1 right` with D the fourth root of the rows' norms of `right`, and one scalar for equal root
-    mean squares: what is quantized per channel then meets components of like sizes in both factors.
+    `left D` and `D^-1 right` with D the fourth root of the rows' norms of `right`, and one scalar for equal
+    root mean squares: what is quantized per channel then meets components of like sizes in both factors.
     """
     norms = right.norm(dim=1)
     if not norms.numel() or not bool(norms.max() > 0):
