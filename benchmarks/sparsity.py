@@ -3,7 +3,7 @@
     python benchmarks/sparsity.py MODEL TEXT [--gguf FILE] [--block 15] [--tokens 8192]
 
 Prints the relative squared output error of three linears of one block, on the calibration tokens and on
-half as many tokens that were held out, the bits per weight with 16-bit values and bitmaps counted, and the seconds.
+half as many held-out tokens, the bits per weight (16-bit values, bitmaps counted), and the seconds.
 """
 
 from __future__ import annotations
