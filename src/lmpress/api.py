@@ -128,8 +128,14 @@ def compress(
     options = RunOptions(calibration, _device(device), memory, resume, force)
     wanted = load_recipe(recipe)  # before the model is looked for: that may take a download
     run = Run(open_source(model), wanted, target, options)
-    if run.prepare():
-        _execute(run)
+    fresh = not target.exists()
+    try:
+        if run.prepare():
+            _execute(run)
+    except LmpressError:
+        if not run.journal.blocks():  # nothing that a resumed run could go on from
+            run.abandon(fresh)
+        raise
     manifest = read_json(target / MANIFEST)
     return Compressed(target, manifest, time.perf_counter() - start, peak_resident_set())
 

@@ -120,6 +120,13 @@ class Run:
         self.journal.start(fingerprint)
         return True
 
+    def abandon(self, fresh: bool) -> None:
+        """Leave no trace of a run that came to nothing; `fresh` tells that it made the output directory."""
+        if self.journal.entries:  # else what is there is not this run's
+            discard(self.work)
+        if fresh and self.output.is_dir() and not any(self.output.iterdir()):
+            self.output.rmdir()
+
     def execute(self) -> dict[str, Any]:
         """Compress, and stage the checkpoint in the work directory. Returns its manifest."""
         if self.journal.find("publishing"):

@@ -1,0 +1,198 @@
+"""The command line: one JSON object, one clear line, the right exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lmpress.cli import main
+from lmpress.cli.output import parse_bytes
+from lmpress.errors import RequestError
+from tests.conftest import EVERY_STEP
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `lmpress ARGUMENTS`: (exit code, standard output, standard error)."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lmpress", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(EVERY_STEP))  # JSON is YAML
+    return path
+
+
+def test_compress_evaluate_inspect_generate(
+    run: Run, tiny: Callable[[str], Path], recipe: Path, text_file: Path, other_text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, stdout, _ = run(
+        "compress", tiny("llama"), "-r", recipe, "-o", out, "--calibration", text_file, "--json"
+    )
+    assert code == 0
+    told = json.loads(stdout)
+    on_disk = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    assert told["bytes_on_disk"] == on_disk
+
+    code, stdout, _ = run(
+        "evaluate", out, "--text", other_text, "--reference", tiny("llama"), "--window", 64, "--json"
+    )
+    assert code == 0
+    told = json.loads(stdout)
+    keys = ["perplexity", "tokens", "window", "corpus_sha256", "bytes_on_disk", "bytes_16bit", "ratio", "bpw"]
+    assert all(told[key] is not None for key in keys)
+    assert all(told["reference"][key] is not None for key in keys)
+    assert told["bytes_on_disk"] == on_disk
+    assert told["ratio"] == pytest.approx(on_disk / told["bytes_16bit"])
+    assert told["kl"] > 0
+
+    code, stdout, _ = run("inspect", out, "--json")
+    assert code == 0
+    told = json.loads(stdout)
+    module = told["modules"]["model.layers.0.self_attn.q_proj"]
+    assert 0 < module["relative_output_error"] < 1
+    assert module["form"].startswith("LowRank")
+
+    code, stdout, _ = run("generate", out, "the quick", "--max-new-tokens", 5, "--json")
+    assert code == 0
+    assert isinstance(json.loads(stdout)["continuation"], str)
+
+    for verb in (
+        ["inspect", out],
+        ["evaluate", out, "--text", other_text, "--window", 64],
+        ["generate", out, "a"],
+    ):
+        code, stdout, _ = run(*verb)
+        assert code == 0
+        assert stdout.strip()
+
+
+def test_the_card_gets_the_numbers(
+    run: Run, compressed: Callable[[str], Path], tiny: Callable[[str], Path], other_text: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(compressed("llama"), copy)
+    assert "Nothing yet" in (copy / "README.md").read_text()
+    options = ["--text", other_text, "--window", 64, "--reference", tiny("llama"), "--card", "--json"]
+    code, stdout, _ = run("evaluate", copy, *options)
+    assert code == 0
+    assert f"{json.loads(stdout)['perplexity']:.3f}" in (copy / "README.md").read_text()
+
+
+def test_text_that_calibration_saw_is_refused(
+    run: Run, compressed: Callable[[str], Path], text_file: Path
+) -> None:
+    code, _, stderr = run("evaluate", compressed("llama"), "--text", text_file, "--window", 64)
+    assert code == 2
+    assert "evaluate on another text" in " ".join(stderr.split())
+
+
+def test_a_part_of_it_is_refused_too(
+    run: Run, compressed: Callable[[str], Path], other_text: Path, tmp_path: Path
+) -> None:
+    seen = load_file(compressed("llama") / "calibration.safetensors")["input_ids"][2]
+    part = tmp_path / "part.txt"
+    part.write_text(bytes(seen.tolist()).decode() + other_text.read_text()[:400])
+    code, _, stderr = run("evaluate", compressed("llama"), "--text", part, "--window", 64)
+    assert code == 2
+    assert "13-grams" in stderr
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    run: Run, tiny: Callable[[str], Path], recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, stdout, _ = run("compress", tiny("llama"), "-r", recipe, "-o", out, "--dry-run")
+    assert code == 0
+    plan = json.loads(stdout)
+    assert plan["predicted"]["bytes"] > 0
+    assert set(plan["modules"]["model.layers.1.mlp.up_proj"]["steps"][0]) == {"quantize"}
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compress", "{model}", "-r", "nothing", "-o", "{out}"], "no recipe is called 'nothing'"),
+        (["compress", "{model}", "-r", "int8"], "say where the checkpoint goes"),
+        (["compress", "/nowhere/model", "-r", "int8", "-o", "{out}"], "there is no model"),
+        (["compress", "{model}", "-r", "int8", "-o", "{out}", "--memory", "lots"], "is no size"),
+        (["compress", "{model}", "-r", "int8", "-o", "{out}", "--device", "quantum"], "is not to be had"),
+        (
+            ["compress", "{model}", "-r", "svd", "-o", "{out}", "--calibration", "{out}"],
+            "calibration|corpus|text",
+        ),
+        (["inspect", "{model}"], "no checkpoint that lmpress wrote"),
+        (["evaluate", "{model}", "--text", "nonsense"], "nonsense"),
+        (["recipes", "show", "int9"], "did you mean 'int8'"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, run: Run, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import re
+
+    filled = [a.format(model=tiny("llama"), out=tmp_path / "out") for a in arguments]
+    code, stdout, stderr = run(*filled)
+    assert code == 2
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert re.search(words, " ".join(stderr.split()))
+    assert not (tmp_path / "out").exists()
+    code, stdout, _ = run(*filled, "--json")
+    assert code == 2
+    assert json.loads(stdout)["exit_code"] == 2
+
+
+def test_recipes(run: Run, tmp_path: Path) -> None:
+    code, stdout, _ = run("recipes", "--json")
+    assert code == 0
+    assert {"spq", "spq-paper", "svd", "prune", "int8", "int4"} <= {
+        r["name"] for r in json.loads(stdout)["recipes"]
+    }
+    code, stdout, _ = run("recipes", "show", "spq")
+    assert code == 0
+    assert "prune_neurons" in stdout
+    copy = tmp_path / "mine.yaml"
+    assert run("recipes", "copy", "spq", copy)[0] == 0
+    assert run("recipes", "copy", "spq", copy)[0] == 2
+    code, stdout, _ = run("recipes", "show", copy, "--json")
+    assert code == 0
+    assert json.loads(stdout)["name"] == "spq"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6GB", 6_000_000_000), ("512 MB", 512_000_000), ("4GiB", 4 << 30), ("1.5k", 1500), ("7", 7)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+def test_no_size() -> None:
+    assert parse_bytes(None) is None
+    with pytest.raises(RequestError):
+        parse_bytes("much")

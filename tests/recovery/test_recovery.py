@@ -1,0 +1,140 @@
+"""Recovery: adapters learn, everything else stays; merged costs no byte, kept ones are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lmpress
+from lmpress.errors import RequestError
+from lmpress.forms import Dense, Form, LowRank, Quantized, Sum
+from lmpress.methods.rtn import RoundOptions, round_to_nearest
+from lmpress.recovery import merged
+from lmpress.recovery.merge import as_term
+
+
+def quantized(weight: torch.Tensor, bits: int = 8) -> Form:
+    return round_to_nearest(weight, None, RoundOptions(bits)).form
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def update() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(24, 2, generator=generator), torch.randn(2, 32, generator=generator)
+
+
+def test_merging_into_dense_is_exact(weight: torch.Tensor, update: tuple[torch.Tensor, torch.Tensor]) -> None:
+    form = merged(Dense(weight), *update)
+    torch.testing.assert_close(form.dense(), weight + update[0] @ update[1])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_merging_into_codes_keeps_the_grid(
+    bits: int, weight: torch.Tensor, update: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    before = quantized(weight, bits)
+    form = merged(before, *update)
+    assert isinstance(form, Quantized)
+    assert form.describe() == before.describe()
+    target = before.dense() + update[0] @ update[1]
+    step = form.scale.float().abs()
+    assert bool(((form.dense() - target).abs() <= 1.001 * step).all())
+
+
+def test_merging_into_factors_keeps_the_rank(update: tuple[torch.Tensor, torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    left, right = torch.randn(24, 6, generator=generator), torch.randn(6, 32, generator=generator)
+    form = merged(LowRank(Dense(left), Dense(right)), *update)
+    assert isinstance(form, LowRank)
+    assert form.rank == 6
+    target = left @ right + update[0] @ update[1]
+    best = torch.linalg.svdvals(target.double())[6:].norm()  # Eckart-Young
+    assert float((form.dense().double() - target).norm()) == pytest.approx(float(best), rel=1e-4)
+
+
+def test_a_kept_term_is_exact_and_counted(
+    weight: torch.Tensor, update: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    before = quantized(weight)
+    form = as_term(before, *update, torch.float32)
+    assert isinstance(form, Sum)
+    torch.testing.assert_close(form.dense(), before.dense() + update[0] @ update[1])
+    assert form.num_bytes == before.num_bytes + 4 * 2 * (24 + 32)
+
+
+def recipe(keep: str, **options: Any) -> dict[str, Any]:
+    step = {"steps": 40, "learning_rate": 5e-3, "seq_len": 32, "batch_size": 4, "rank": 4, "keep": keep}
+    return {
+        "calibration": {"samples": 4, "seq_len": 32},
+        "steps": [
+            {
+                "prune_neurons": {
+                    "allocation": "uniform",
+                    "ratio": 0.25,
+                    "multiple_of": 8,
+                    "compensate": False,
+                }
+            },
+            {"quantize": {"bits": 8}},
+            {"recover": step | options},
+        ],
+    }
+
+
+@pytest.mark.parametrize("keep", ["merge", "term"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_held_out_loss_falls(
+    keep: str, family: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    plain = recipe(keep)
+    plain["steps"] = plain["steps"][:-1]
+    before = lmpress.compress(tiny(family), plain, tmp_path / "plain", calibration=str(text_file))
+    after = lmpress.compress(tiny(family), recipe(keep), tmp_path / "out", calibration=str(text_file))
+    report = after.manifest["recovery"]
+    assert report["held_out_loss"] < report["held_out_loss_before"] - 0.01
+    assert after.manifest["calibration"][1]["name"].endswith("(recovery)")
+    sizes = [r.manifest["sizes"]["linear_bpw"] for r in (before, after)]
+    if keep == "merge":
+        assert sizes[0] == sizes[1]
+    else:
+        assert sizes[1] > sizes[0]
+    # the loss of the checkpoint itself, on the text that was trained on, is lower too
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(tiny(family))(
+        text_file.read_text()[:2000], return_tensors="pt"
+    ).input_ids
+    ids = ids[:, :200]
+    with torch.no_grad():
+        losses = [float(r.load(dtype=torch.float32)(ids, labels=ids).loss) for r in (before, after)]
+    assert losses[1] < losses[0]
+
+
+def test_a_step_that_harms_is_not_kept(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    harmful = recipe("merge", learning_rate=0.9, steps=10)
+    plain = recipe("merge")
+    plain["steps"] = plain["steps"][:-1]
+    before = lmpress.compress(tiny("llama"), plain, tmp_path / "plain", calibration=str(text_file))
+    after = lmpress.compress(tiny("llama"), harmful, tmp_path / "out", calibration=str(text_file))
+    report = after.manifest["recovery"]
+    assert report["held_out_loss"] <= report["held_out_loss_before"]
+    if report["best_step"] == 0:
+        for one, two in zip(before.load().parameters(), after.load().parameters(), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_recovery_needs_text(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    steps = {"steps": [{"quantize": {"bits": 8}}, {"recover": {"seq_len": 32}}]}
+    with pytest.raises(RequestError, match="at least two windows"):
+        lmpress.compress(tiny("llama"), steps, tmp_path / "out", calibration=str(short))
