@@ -14,10 +14,11 @@ def pack_by_bits(row: list[int], bits: int) -> list[int]:
     """The layout of the module's docstring, one bit at a time."""
     if bits == 8:
         return row
-    width = -(-len(row) // 8)
-    out = [0] * (bits * width)
+    runs = {2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 7: 8}[bits]
+    width = -(-len(row) // runs)
+    out = [0] * (bits * runs // 8 * width)
     for place in range(width):
-        for run in range(8):
+        for run in range(runs):
             at = run * width + place
             code = row[at] if at < len(row) else 0
             for bit in range(bits):
@@ -49,9 +50,10 @@ def test_b_bits_take_b_bits(bits: int, columns: int) -> None:
     assert packed.shape[1] == packed_width(columns, bits)
 
 
+@pytest.mark.parametrize(("bits", "word"), [(2, 1), (3, 3), (4, 1), (5, 5), (6, 3), (7, 7), (8, 1)])
 @pytest.mark.parametrize("columns", range(1, 25))
-def test_padding_is_below_eight_codes(columns: int) -> None:
-    assert 0 <= packed_width(columns, 3) * 8 - 3 * columns < 8 * 3
+def test_padding_is_below_a_word(columns: int, bits: int, word: int) -> None:
+    assert 0 <= packed_width(columns, bits) * 8 - bits * columns < 8 * word
 
 
 @pytest.mark.parametrize(

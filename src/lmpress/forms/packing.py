@@ -1,9 +1,11 @@
 """Codes of 2 to 8 bits in exactly that many bits: three bits take three bits.
 
-A row of n codes is cut into eight runs of w = ceil(n / 8) codes. The codes at one place of the eight
-runs form a word of 8 b bits, and byte k of that word stands in byte run k: the packed row is
-(b, w) bytes. Packing and unpacking then read and write long contiguous runs only, with no
-interleaving, which is what makes them fast in plain tensor operations.
+The fewest codes of b bits that fill whole bytes are r = 8 / gcd(b, 8), in k = b / gcd(b, 8) bytes: two codes
+of four bits in one byte, eight codes of three bits in three. A row of n codes is cut into r runs of
+w = ceil(n / r) codes. The codes at one place of the r runs form a word of k bytes, the code of the first run
+in its lowest bits, and byte j of that word stands in byte run j: the packed row is (k, w) bytes. Packing and
+unpacking then read and write runs that are as long as can be, with no interleaving, which is what makes them
+fast in plain tensor operations.
 """
 
 from __future__ import annotations
@@ -13,13 +15,17 @@ import math
 import torch
 from torch import Tensor
 
-RUNS = 8
-"""Codes that share a word: eight codes of b bits are b whole bytes, for every b."""
+
+def word(bits: int) -> tuple[int, int]:
+    """(codes, bytes) of the shortest word that holds whole codes in whole bytes."""
+    common = math.gcd(bits, 8)
+    return 8 // common, bits // common
 
 
 def packed_width(columns: int, bits: int) -> int:
     """Bytes that a row of `columns` codes of `bits` bits takes."""
-    return columns if bits == 8 else bits * -(-columns // RUNS)
+    runs, planes = word(bits)
+    return planes * -(-columns // runs)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -41,15 +47,16 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.to(torch.uint8)
     rows, columns = codes.shape
-    width = -(-columns // RUNS)
-    runs = torch.zeros(rows, RUNS * width, dtype=torch.int64, device=codes.device)
-    runs[:, :columns] = codes
-    runs = runs.view(rows, RUNS, width)
-    word = torch.zeros(rows, width, dtype=torch.int64, device=codes.device)
-    for i in range(RUNS):
-        word |= runs[:, i] << (bits * i)
-    packed = torch.stack([(word >> (8 * k)) & 0xFF for k in range(bits)], dim=1)  # (rows, bits, width)
-    return packed.to(torch.uint8).reshape(rows, bits * width)
+    runs, planes = word(bits)
+    width = -(-columns // runs)
+    padded = torch.zeros(rows, runs * width, dtype=torch.int64, device=codes.device)
+    padded[:, :columns] = codes
+    padded = padded.view(rows, runs, width)
+    words = torch.zeros(rows, width, dtype=torch.int64, device=codes.device)
+    for i in range(runs):
+        words |= padded[:, i] << (bits * i)
+    packed = torch.stack([(words >> (8 * j)) & 0xFF for j in range(planes)], dim=1)  # (rows, planes, width)
+    return packed.to(torch.uint8).reshape(rows, planes * width)
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int, out: Tensor | None = None) -> Tensor:
@@ -70,32 +77,29 @@ def unpack_codes(packed: Tensor, bits: int, columns: int, out: Tensor | None = N
         out = torch.empty(rows, columns, dtype=torch.uint8, device=packed.device)
     if bits == 8:
         return out.copy_(packed)
-    width = -(-columns // RUNS)
-    planes = packed.view(rows, bits, width)
-    if columns % RUNS or out.dtype != torch.uint8 or not out.is_contiguous():
-        whole = torch.empty(rows, RUNS * width, dtype=torch.uint8, device=packed.device)
-        _unpack_runs(planes, bits, whole.view(rows, RUNS, width))
+    runs, planes = word(bits)
+    width = -(-columns // runs)
+    packed = packed.view(rows, planes, width)
+    if columns % runs or out.dtype != torch.uint8 or not out.is_contiguous():
+        whole = torch.empty(rows, runs * width, dtype=torch.uint8, device=packed.device)
+        _unpack_runs(packed, bits, whole.view(rows, runs, width))
         return out.copy_(whole[:, :columns])
-    _unpack_runs(planes, bits, out.view(rows, RUNS, width))
+    _unpack_runs(packed, bits, out.view(rows, runs, width))
     return out
 
 
-def _unpack_runs(planes: Tensor, bits: int, runs: Tensor) -> None:
-    """Write the codes of `planes`, uint8 (rows, bits, width), to `runs`, uint8 (rows, RUNS, width)."""
-    rows, _, width = planes.shape
+def _unpack_runs(packed: Tensor, bits: int, out: Tensor) -> None:
+    """Write the codes of `packed`, uint8 (rows, planes, width), to `out`, uint8 (rows, runs, width)."""
     mask = (1 << bits) - 1
-    repeats = math.gcd(RUNS, bits)  # the pattern of shifts repeats: do its repetitions in one step
-    planes = planes.view(rows, repeats, bits // repeats, width)
-    runs = runs.view(rows, repeats, RUNS // repeats, width)
-    for i in range(RUNS // repeats):
+    for i in range(out.shape[1]):
         byte, shift = divmod(bits * i, 8)
-        source, code = planes[:, :, byte], runs[:, :, i]
+        source, code = packed[:, byte], out[:, i]
         if shift == 0:
             torch.bitwise_and(source, mask, out=code)
             continue
         torch.bitwise_right_shift(source, shift, out=code)
         if shift + bits > 8:  # the code straddles two bytes
-            code.bitwise_or_(planes[:, :, byte + 1] << (8 - shift))
+            code.bitwise_or_(packed[:, byte + 1] << (8 - shift))
         if shift + bits != 8:  # otherwise the shift has left nothing but the code
             code.bitwise_and_(mask)
 
