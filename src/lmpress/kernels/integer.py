@@ -29,9 +29,6 @@ from lmpress.kernels.scratch import fitting, scratch
 LARGEST = 127 * 2.0**24
 """What the largest activation becomes: the top digit then stays below 128, carry and all."""
 
-SMALLEST = 1e-28
-"""Rows below this count as this: its unit is still a normal float32."""
-
 LONGEST = 1 << 16
 """Columns up to which a sum of 128 * 128 per column stays well within int32."""
 
@@ -42,8 +39,7 @@ SMALL = 1 << 18
 """Weights up to so many are converted to float32 faster than a single activation is cut into digits."""
 
 _CARRY = torch.tensor(0x00808080, dtype=torch.int32)
-_SMALLEST = torch.tensor(SMALLEST)
-_UNIT = torch.tensor(1 / LARGEST)
+_TINY = torch.tensor(1e-37)  # a normal float32: the unit of a row of zeros
 _POWERS = torch.tensor([[1.0, 2.0**8, 2.0**16, 2.0**24]])  # (1, 4)
 
 
@@ -61,6 +57,8 @@ def run(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
         or not has_exact_int8()
     ):
         return floating.run_quantized(form, x)
+    if m == 1:
+        return _run_part(form, x)
     y = torch.empty(m, rows)
     step = min(PART, fitting(columns * x.itemsize, m))
     for start in range(0, m, step):
@@ -68,20 +66,21 @@ def run(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
     return y
 
 
-def _run_part(form: Quantized, x: Tensor, y: Tensor) -> None:
-    """`y = x @ dense().T` for at most PART activations."""
+def _run_part(form: Quantized, x: Tensor, out: Tensor | None = None) -> Tensor:  # (m, in) -> (m, out)
+    """`x @ dense().T` for at most PART activations, the weight in parts that fit into the scratch buffers."""
     (rows, columns), m, zero = form.shape, x.shape[0], form.zero()
     digits, unit = split(x)
-    scale = form.scale[:, 0].to(x.dtype)  # (1 or out,)
     width = 16 * m if form.packed.dtype == torch.int8 else max(16 * m, columns)
     step = fitting(width, rows)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        codes = centered_codes(form, zero, start, stop)  # (n, in)
-        products = scratch("products", (4 * m, stop - start), torch.int32)
-        torch._int_mm(digits, codes.T, out=products)
-        part = scale if scale.shape[0] == 1 else scale[start:stop]
-        torch.mul(_joined(products, unit), part, out=y[:, start:stop])
+    if step == rows:
+        y = _product(digits, unit, centered_codes(form, zero, 0, rows))
+    else:
+        y = torch.empty(m, rows)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            y[:, start:stop] = _product(digits, unit, centered_codes(form, zero, start, stop))
+    scaled: Tensor = torch.mul(y, form.scale.T.to(x.dtype), out=out)
+    return scaled
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,15 +90,15 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
         x: (m, in).
 
     Returns:
-        int8 (4 * m, in), all rows' lowest digits first; and float32 (m, 1), the unit of each row.
+        int8 (4 * m, in), the lowest digits of all rows first; and float32 (m, 1), the unit of each row.
     """
     m, columns = x.shape
     if m == 1:
-        unit = torch.maximum(x.abs().amax(-1, keepdim=True), _SMALLEST) * _UNIT
-        fixed = (x / unit).to(torch.int32).add_(_CARRY).bitwise_xor_(_CARRY)
-        return fixed.view(torch.int8).view(columns, 4).T, unit  # little-endian: the lowest digit first
+        unit = torch.add(_TINY, x.abs().amax(-1, keepdim=True), alpha=1 / LARGEST)
+        fixed = torch.div(x, unit).int().add_(_CARRY).bitwise_xor_(_CARRY)
+        return fixed.view(torch.int8).as_strided((4, columns), (1, 4)), unit  # the lowest byte comes first
     work = scratch("work", (m, columns), torch.float32)
-    unit = torch.maximum(torch.abs(x, out=work).amax(-1, keepdim=True), _SMALLEST) * _UNIT
+    unit = torch.add(_TINY, torch.abs(x, out=work).amax(-1, keepdim=True), alpha=1 / LARGEST)
     fixed = scratch("fixed", (m, columns), torch.int32).copy_(torch.div(x, unit, out=work))
     fixed.add_(_CARRY).bitwise_xor_(_CARRY)  # bytes in [-128, 128), each with the carry of the one below
     digits = scratch("digits", (4, m, columns), torch.int8)
@@ -110,16 +109,26 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     return digits.view(4 * m, columns), unit
 
 
-def _joined(products: Tensor, unit: Tensor) -> Tensor:
-    """`unit * sum_k 2^(8k) products_k`: int32 (4 * m, n) and float32 (m, 1) -> float32 (m, n)."""
-    m, n = unit.shape[0], products.shape[1]
-    planes = scratch("planes", (4, m, n), torch.float32)
-    planes.view(4 * m, n).copy_(products)
+def _product(digits: Tensor, unit: Tensor, codes: Tensor) -> Tensor:
+    """`unit * sum_k 2^(8k) digits_k @ codes.T`.
+
+    Args:
+        digits: int8 (4 * m, in), as `split` makes them.
+        unit: float32 (m, 1).
+        codes: int8 (n, in).
+
+    Returns:
+        float32 (m, n); a scratch tensor unless m is 1.
+    """
+    m, n = unit.shape[0], codes.shape[0]
+    products = scratch("products", (4 * m, n), torch.int32)
+    torch._int_mm(digits, codes.T, out=products)
+    planes = scratch("planes", (4 * m, n), torch.float32).copy_(products)
     if m == 1:
-        return torch.mm(_POWERS * unit, planes.view(4, n))
-    y = planes[3]
-    for k in (2, 1, 0):
-        torch.add(planes[k], y, alpha=256.0, out=y)
+        return torch.mm(_POWERS * unit, planes)
+    low, second, third, y = planes.view(4, m, n).unbind()
+    for plane in (third, second, low):
+        torch.add(plane, y, alpha=256.0, out=y)
     return y.mul_(unit)
 
 
