@@ -97,6 +97,26 @@ def test_the_dead_zone_pays_at_low_rates() -> None:
     assert effective[1] < effective[0] - 0.02
 
 
+def test_codes_can_be_kept_within_a_byte() -> None:
+    weight, statistics = random_weight(64, 48), statistics_of(inputs(48, spread=0.3))
+    weight[5, 7] = 40.0  # four hundred deviations
+    free = entropy_quantize(weight, statistics, 0.02, EntropyOptions())
+    bounded = entropy_quantize(weight, statistics, 0.02, EntropyOptions(largest_code=127))
+    assert isinstance(free.form, EntropyCoded)
+    assert isinstance(bounded.form, EntropyCoded)
+    assert int(free.form.codes().abs().max()) > 127
+    assert bounded.report["code_bytes"] == 1
+    assert int(bounded.form.codes().abs().max()) <= 127
+    assert float((bounded.form.dense() - weight)[5, 7].abs()) < 0.5
+    wider = (bounded.form.column_scale / free.form.column_scale)[0]
+    assert (wider >= 1).all()
+    assert wider[7] > 4
+    assert float((wider == 1).float().mean()) > 0.5
+    deviations = conditional_deviations(statistics, EntropyOptions())
+    curve = rate_curve(weight, deviations, EntropyOptions(largest_code=127))
+    assert 8 * bounded.form.num_bytes == pytest.approx(curve.total_bits(0.02), rel=0.05)
+
+
 def test_report_and_half_precision() -> None:
     weight, statistics = random_weight(16, 32).to(torch.bfloat16), statistics_of(inputs(32))
     result = entropy_quantize(weight, statistics, 0.1, EntropyOptions())
@@ -209,3 +229,5 @@ def test_bad_requests() -> None:
         entropy_quantize(weight * math.nan, statistics, 0.1, PLAIN)
     with pytest.raises(ValueError, match="damping"):
         EntropyOptions(damping=-1)
+    with pytest.raises(ValueError, match="largest"):
+        EntropyOptions(largest_code=0)

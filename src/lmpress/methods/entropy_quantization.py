@@ -50,6 +50,8 @@ class EntropyOptions:
         per_channel_damping: relative to each H_jj instead of the mean.
         flat_columns: the same step for all columns of a weight, the geometric mean of the others.
         dead_zone: thresholds shift towards zero by this, times step over standard deviation; 0 rounds.
+        largest_code: no code is larger; columns whose weights would need it get a wider step. With 127 the
+            decoded codes take a byte each; None leaves them free.
         asymmetry: how far to move towards the target of asymmetric calibration, 0 to 1; needs `cross`.
         chunk_size: codes in a chunk of the coded form.
     """
@@ -58,12 +60,15 @@ class EntropyOptions:
     per_channel_damping: bool = False
     flat_columns: bool = False
     dead_zone: float = 0.1
+    largest_code: int | None = None
     asymmetry: float = 0.5
     chunk_size: int = 1 << 16
 
     def __post_init__(self) -> None:
         if self.damping < 0 or self.dead_zone < 0 or not 0 <= self.asymmetry <= 1 or self.chunk_size < 1:
             raise ValueError("damping and dead zone are at least 0, asymmetry is in 0..1, a chunk has codes")
+        if self.largest_code is not None and self.largest_code < 1:
+            raise ValueError("the largest code is at least 1")
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,11 @@ def entropy_quantize(
     if cross is not None:
         target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry, rank)
     shape = step_shape(weight.shape[0], _in_order(factor.upper.diagonal(), rank), sensitivity, options)
-    row, column = shape.row.float() * (step * shape.unit), shape.column
-    if shape.row.dtype == torch.float16:
-        row = row.half()
+    row = (shape.row.float() * (step * shape.unit)).to(shape.row.dtype)
+    column = shape.column
+    if options.largest_code is not None and weight.numel():
+        needed = (target / row.float()).abs().amax(0, keepdim=True) / options.largest_code
+        column = torch.maximum(column.float(), needed).half()
     codes = _solve(target, factor, rank, row.float(), column.float(), options)
     form = EntropyCoded.from_codes(codes, row, column, options.chunk_size)
     report: dict[str, Any] = {
@@ -215,6 +222,8 @@ def _solve(
     def snap(j: int, values: Tensor) -> Tensor:
         step = steps[0] * steps[1][j]
         codes[j] = _round(values / step, by_row * by_column[j], options.dead_zone)
+        if options.largest_code is not None:
+            codes[j].clamp_(-options.largest_code, options.largest_code)
         return codes[j] * step
 
     feed_back(columns, factor.upper, snap)
@@ -286,7 +295,9 @@ def rate_curve(
     log_steps, bits = [], []
     for half in range(2 * SPAN + 1):
         log_steps.append(middle - SPAN + 2 + half / 2)
-        size = math.exp2(log_steps[-1])
+        size: float | Tensor = math.exp2(log_steps[-1])
+        if options.largest_code is not None:
+            size = (scaled.abs().amax(0) / options.largest_code).clamp_min(size)
         codes = _round(scaled / size, deviation / size, options.dead_zone)
         bits.append(code_entropy(codes) * rows / len(picked))
     return RateCurve(weight.numel(), overhead, tuple(log_steps), tuple(bits))
