@@ -59,7 +59,7 @@ def test_better_than_rounding_and_on_the_grid(case: dict[str, Any], order: str) 
     assert loss < 0.9 * plain
     reference = layer_loss(weight, statistics.require_hessian())
     assert result.report["output_error"] == pytest.approx(loss / reference, rel=1e-3)
-    assert result.report["rounded_error"] == pytest.approx(plain / reference, rel=1e-3)
+    assert result.report["rounded_error"] > result.report["output_error"]
 
 
 @pytest.mark.parametrize("order", ["none", "group-aware", "activation"])
@@ -173,11 +173,13 @@ def test_a_diagonal_hessian_leaves_plain_rounding() -> None:
     weight = random_weight(8, 16)
     energy = torch.rand(16, generator=torch.Generator().manual_seed(0)) + 0.1
     statistics = InputStatistics(9, torch.zeros(16), energy, None, torch.diag(energy))
-    solved = gptq(weight, statistics, GptqOptions(bits=4, granularity="group:8")).form
+    result = gptq(weight, statistics, GptqOptions(bits=4, granularity="group:8", damping=0.0))
+    solved = result.form
     rounded = round_to_nearest(
         weight, statistics, RoundOptions(bits=4, granularity="group:8", clip=True)
     ).form
     assert torch.equal(solved.dense(), rounded.dense())
+    assert result.report["rounded_error"] == result.report["output_error"]
 
 
 def test_asymmetric_calibration_serves_the_original_outputs() -> None:
