@@ -87,7 +87,9 @@ def _rewrite_site(
     gathered: Gathered | None = None
     if stream is not None:
         hessian = any(step.needs_hessian for step in steps)
-        gathered = stream.gather(block, {site: hessian})[0][site.name]
+        wanted = any(step.needs_statistics for step in steps)
+        # where no step asks, one batch is enough to tell how far the linears stray
+        gathered = stream.gather(block, {site: hessian}, batches=None if wanted else 1)[0][site.name]
     for linear, module in modules.items():
         if not module.steps:
             continue

@@ -30,7 +30,7 @@ from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.rewriting import rewrite_block, rewrite_outer
 from lmpress.pipeline.source import ModelSource
 from lmpress.pipeline.stream import BlockStream
-from lmpress.pipeline.survey import needs_survey, survey_widths, uniform_widths
+from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
 from lmpress.progress import note, track
 from lmpress.recipes import Recipe
 from lmpress.version import __version__
@@ -190,7 +190,9 @@ class Run:
             return uniform_widths(self.plan, self.source)
         entry = self.journal.find("survey")
         if entry is None:
-            stream = self._stream(text)
+            assert text is not None
+            part = survey_samples(text.windows.shape[0])
+            stream = self._stream(CalibrationText(text.windows[:part], text.record))
             assert stream is not None
             survey = survey_widths(self.plan, self.source, stream, self._dense)
             self.journal.append({"survey": survey})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,13 +78,20 @@ class BlockStream:
         self._enter(outer, budget, directory or Path())
 
     def gather(
-        self, block: nn.Module, sites: Mapping[Site, bool], signal: str | None = None
+        self,
+        block: nn.Module,
+        sites: Mapping[Site, bool],
+        signal: str | None = None,
+        advance: bool = False,
+        batches: int | None = None,
     ) -> tuple[dict[str, Gathered], Tensor | None]:
         """Run the text through `block` as it is now, and look at the inputs of some sites.
 
         Args:
             sites: which sites, and for each whether its Hessian is wanted.
             signal: a linear whose mean absolute output is wanted as well.
+            advance: let the outputs of the block become the inputs of the next one, in the same pass.
+            batches: look at so many batches only; None for all.
 
         Returns:
             by site name what was gathered, and the mean absolute output of `signal`, (features,).
@@ -102,7 +110,7 @@ class BlockStream:
                 accumulators[site.name].update(args[0], self._mask(rows))
                 if sum(len(part) for part in samples[site.name]) < SAMPLE_TOKENS:
                     samples[site.name].append(self._sample(args[0], rows))
-                if last:
+                if last and not advance:
                     raise _Stop
 
             return hook
@@ -118,8 +126,10 @@ class BlockStream:
                 )
             )
         try:
-            for rows in self._batches():
-                self._run(block, rows)
+            for rows in islice(self._batches(), batches):
+                output = self._run(block, rows)
+                if advance and output is not None:
+                    self.states[rows] = output
         finally:
             for handle in handles:
                 handle.remove()

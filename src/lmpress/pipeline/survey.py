@@ -21,6 +21,14 @@ MOST = 4
 POINTS = 24
 """Widths at which a layer's removal loss is measured."""
 
+LEAST = 16
+"""Windows that a survey looks at, at the least: it ranks blocks, and a quarter of the text ranks them."""
+
+
+def survey_samples(samples: int) -> int:
+    """How many of the calibration windows a survey looks at."""
+    return min(samples, max(LEAST, samples // 4))
+
 
 def dense_width(source: ModelSource) -> int:
     """Neurons of a block of the dense model."""
@@ -71,7 +79,7 @@ def survey_widths(
         stream.at_block(i)
         by_loss = step.allocation == "loss"
         signal = None if by_loss else source.layout.neurons.signal
-        gathered, activation = stream.gather(block, {site: by_loss}, signal)
+        gathered, activation = stream.gather(block, {site: by_loss}, signal, advance=True)
         if activation is not None:
             means.append(float(activation.mean()))
         if by_loss:
@@ -84,7 +92,6 @@ def survey_widths(
                 has_bias=output.bias is not None,
             )
             curves.append(dict(zip(widths, losses, strict=True)))
-        stream.advance(block)
         energies.append(stream.energy())
     if means:
         ratios = paper_ratios(means, step.min_ratio, step.max_ratio)
