@@ -21,6 +21,8 @@ STEPS: dict[str, list[dict[str, Any]]] = {
         {"prune_neurons": {"max_ratio": 0.3, "importance": "activation", "compensate": False}},
     ],
     "int8": [{"quantize": {"bits": 8}}, {"quantize": {"targets": "embeddings"}}],
+    "gptq4": [{"quantize": {"bits": 4, "granularity": "group:32", "solver": "gptq"}}],
+    "svd-gptq8": [{"svd": {"targets": "attention", "ratio": 0.7}}, {"quantize": {"solver": "gptq"}}],
     "uint3": [{"quantize": {"bits": 3, "symmetric": False, "granularity": "group:32"}}],
 }
 

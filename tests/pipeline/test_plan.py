@@ -67,6 +67,14 @@ def test_groups_that_do_not_divide(tiny: Callable[[str], Path]) -> None:
         lmpress.plan(tiny("llama"), one({"quantize": {"granularity": "group:40"}}))
 
 
+def test_groups_that_do_not_divide_ranks(tiny: Callable[[str], Path]) -> None:
+    steps = [{"svd": {"ratio": 0.8, "targets": "linears"}}, {"quantize": {"granularity": "group:32"}}]
+    with pytest.raises(RequestError, match="let svd have multiple_of: 32"):
+        lmpress.plan(tiny("llama"), {"steps": steps})
+    steps[0]["svd"]["multiple_of"] = 32
+    assert lmpress.plan(tiny("llama"), {"steps": steps})["modules"]
+
+
 @pytest.mark.parametrize(
     ("rule", "per_tensor"),
     [

@@ -108,7 +108,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
             granularity = old.granularity | ({index: chosen[name]} if name in chosen else {})
             modules[name] = ModulePlan(old.shape, (*old.steps, index), granularity)
             if isinstance(step, Quantize) and not step.hybrid:
-                _check_groups(step, name, old.shape, recipe, neurons is not None, layout)
+                _check_groups(step, name, old, recipe, neurons is not None, layout)
     dtype = _storage_dtype(recipe, source)
     return Plan(
         source.name, recipe, dtype, modules, neurons, _predict(recipe, source, modules, neurons, dtype)
@@ -150,16 +150,22 @@ def _hybrid(step: LeafStep, shapes: Mapping[str, tuple[int, int]]) -> dict[str, 
 
 
 def _check_groups(
-    step: Quantize, name: str, shape: tuple[int, int], recipe: Recipe, pruned: bool, layout: Layout
+    step: Quantize, name: str, module: ModulePlan, recipe: Recipe, pruned: bool, layout: Layout
 ) -> None:
     kind, size = parse_granularity(step.granularity)
     if kind != "group" or size is None:
         return
-    if shape[1] % size:
+    if module.shape[1] % size:
         raise RequestError(
-            f"recipe {recipe.name}: groups of {size} do not divide the {shape[1]} inputs of {name}; "
+            f"recipe {recipe.name}: groups of {size} do not divide the {module.shape[1]} inputs of {name}; "
             f"take a divisor, or granularity: channel"
         )
+    for earlier in (recipe.steps[i] for i in module.steps):
+        if isinstance(earlier, Svd) and earlier.multiple_of % size:
+            raise RequestError(
+                f"recipe {recipe.name}: ranks are multiples of {earlier.multiple_of}, and groups of {size} "
+                f"do not divide these; let svd have multiple_of: {size}"
+            )
     prune = next((s for s in recipe.steps if isinstance(s, PruneNeurons)), None)
     if (
         pruned

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 from lmpress.forms import Dense, Form, LowRank, Sum
+from lmpress.methods.gptq import GptqOptions, gptq
 from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import RoundOptions, parse_granularity, round_to_nearest
 from lmpress.methods.svd import SvdOptions, svd
@@ -179,8 +180,14 @@ class Quantize(LeafStep):
     Attributes:
         granularity: `tensor`, `channel`, `group:N`, or a hybrid of tensor and channel by out-dimension
             (`percentile`, `meanstd`) or by module name (`name`).
-        solver: `round` to the nearest grid point.
+        solver: `round` to the nearest grid point, or `gptq` (arXiv 2210.17323): column by column, what is not
+            yet rounded makes up for what is, in the metric of the calibration text. Embeddings have no
+            such metric and are rounded.
         clip: shrink each range to the least squared error.
+        damping: of gptq: added to the Hessian's diagonal, relative to its mean.
+        order: of gptq's columns: `group-aware` (largest inputs first, with contiguous groups), `activation`
+            or `none`.
+        sweeps: of gptq: passes of coordinate descent afterwards.
         percentile: of the out-dimensions, from which on `percentile` takes `channel`.
         std_factor: `meanstd` takes `channel` from mean + std_factor * standard deviation on.
     """
@@ -189,8 +196,11 @@ class Quantize(LeafStep):
     bits: Annotated[int, Field(ge=2, le=8)] = 8
     granularity: str = "channel"
     symmetric: bool = True
-    solver: Literal["round"] = "round"
+    solver: Literal["round", "gptq"] = "round"
     clip: bool = False
+    damping: Annotated[float, Field(ge=0, le=1)] = 0.03
+    order: Literal["group-aware", "activation", "none"] = "group-aware"
+    sweeps: Annotated[int, Field(ge=0, le=100)] = 0
     percentile: Annotated[float, Field(ge=0, le=100)] = 50.0
     std_factor: float = 0.5
 
@@ -202,6 +212,10 @@ class Quantize(LeafStep):
         return value
 
     @property
+    def needs_hessian(self) -> bool:
+        return self.solver == "gptq" and self.targets != "embeddings"
+
+    @property
     def hybrid(self) -> bool:
         """Whether tensor or channel is chosen module by module."""
         return self.granularity in HYBRIDS
@@ -210,6 +224,20 @@ class Quantize(LeafStep):
         if not isinstance(leaf, Dense):
             raise ValueError(f"quantize takes dense weights, and this one is already {leaf.formula}")
         granularity = context.granularity or self.granularity
+        if self.solver == "gptq" and statistics is not None:
+            return gptq(
+                leaf.weight.float(),
+                statistics,
+                GptqOptions(
+                    bits=self.bits,
+                    granularity=granularity,
+                    symmetric=self.symmetric,
+                    damping=self.damping,
+                    order=self.order,
+                    clip=self.clip,
+                    sweeps=self.sweeps,
+                ),
+            )
         options = RoundOptions(self.bits, granularity, self.symmetric, clip=self.clip)
         return round_to_nearest(leaf.weight, statistics, options)
 
