@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 import lmpress
 from lmpress.errors import RequestError
-from lmpress.pipeline import WORK
+from lmpress.pipeline import WORK, Run
 from tests.conftest import EVERY_STEP
 from tests.tiny import TINY, save_tiny
 
@@ -100,6 +100,61 @@ def test_killed_at_random_moments_and_resumed(
     assert killed, "no run was interrupted: the test would show nothing"
     lmpress.compress(**arguments, resume=True)
     assert digest(tmp_path / "out") == expected
+
+
+def test_finished_blocks_are_not_made_again(
+    deep: Path, text_file: Path, unbroken: tuple[dict[str, str], float], tmp_path: Path, monkeypatch: Any
+) -> None:
+    arguments = {
+        "model": deep,
+        "recipe": RECOVERING,
+        "output": tmp_path / "out",
+        "calibration": str(text_file),
+    }
+    journal = tmp_path / "out" / WORK / "journal.jsonl"
+    assert start_and_kill(lambda: journal.is_file() and b'"block": 3' in journal.read_bytes(), **arguments)
+    made = []
+    original = Run._block
+    monkeypatch.setattr(
+        Run, "_block", lambda self, index, *rest: (made.append(index), original(self, index, *rest))[1]
+    )
+    lmpress.compress(**arguments, resume=True)
+    assert made
+    assert min(made) >= 4
+    assert digest(tmp_path / "out") == unbroken[0]
+
+
+@pytest.mark.parametrize("moved", [1, 4, 9])
+def test_a_kill_while_publishing(
+    moved: int,
+    deep: Path,
+    text_file: Path,
+    unbroken: tuple[dict[str, str], float],
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    arguments = {
+        "model": deep,
+        "recipe": RECOVERING,
+        "output": tmp_path / "out",
+        "calibration": str(text_file),
+    }
+    original, count = os.replace, 0
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal count
+        if Path(target).parent == tmp_path / "out":
+            count += 1
+            if count > moved:
+                raise KeyboardInterrupt
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        lmpress.compress(**arguments)
+    monkeypatch.undo()
+    lmpress.compress(**arguments, resume=True)
+    assert digest(tmp_path / "out") == unbroken[0]
 
 
 def test_same_inputs_same_bytes(

@@ -13,15 +13,20 @@ WORK = ".lmpress-work"
 """The directory inside the output that holds what is not finished."""
 
 
+STAGING = "checkpoint"
+"""Below the work directory: what will be published, and nothing else."""
+
+
 class Journal:
     """An append-only file of JSON lines; the first names the run by its fingerprint.
 
     Args:
-        directory: where the journal and the finished shards live.
+        directory: the work directory, in which the finished shards are staged.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.staging = directory / STAGING
         self.path = directory / "journal.jsonl"
         self.entries: list[dict[str, Any]] = []
 
@@ -45,26 +50,29 @@ class Journal:
     def open(self) -> str | None:
         """Read what is there; the fingerprint of the run, or None where there is no usable journal.
 
-        A last line that was torn by a crash is cut off. Entries after a shard that is missing or
-        damaged do not count, and are cut off too.
+        A last line that was torn by a crash is cut off. Entries from the first shard on that is missing
+        or damaged do not count, and are cut off too; unless publishing has begun, which moves shards away.
         """
         if not self.path.is_file():
             return None
         good: list[dict[str, Any]] = []
-        length = 0
+        lengths: list[int] = []
         for line in self.path.read_bytes().splitlines(keepends=True):
             try:
                 entry = json.loads(line)
             except ValueError:
                 break
-            if not line.endswith(b"\n") or not isinstance(entry, dict) or not self._holds(entry):
+            if not line.endswith(b"\n") or not isinstance(entry, dict):
                 break
             good.append(entry)
-            length += len(line)
+            lengths.append(len(line))
+        if not any("publishing" in entry for entry in good):
+            whole = next((i for i, entry in enumerate(good) if not self._holds(entry)), len(good))
+            del good[whole:], lengths[whole:]
         if not good or "fingerprint" not in good[0]:
             return None
         with open(self.path, "r+b") as file:
-            file.truncate(length)
+            file.truncate(sum(lengths))
             os.fsync(file.fileno())
         self.entries = good
         return str(good[0]["fingerprint"])
@@ -81,12 +89,7 @@ class Journal:
         """Whether the file that an entry speaks of is what it was."""
         if "file" not in entry:
             return True
-        for place in (self.directory, self.directory.parent):  # a shard may have been published already
-            path = place / entry["file"]
-            if (
-                path.is_file()
-                and path.stat().st_size == entry["bytes"]
-                and sha256_file(path) == entry["sha256"]
-            ):
-                return True
-        return False
+        path = self.staging / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return False
+        return bool(sha256_file(path) == entry["sha256"])

@@ -35,9 +35,6 @@ from lmpress.progress import note, track
 from lmpress.recipes import Recipe
 from lmpress.version import __version__
 
-STAGING = "checkpoint"
-"""Below the work directory: what will be published, and nothing else."""
-
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -72,8 +69,8 @@ class Run:
     def __post_init__(self) -> None:
         self.plan = make_plan(self.recipe, self.source)
         self.work = self.output / WORK
-        self.staging = self.work / STAGING
         self.journal = Journal(self.work)
+        self.staging = self.journal.staging
         self.device = torch.device(self.options.device)
 
     @property
@@ -129,8 +126,6 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Compress, and stage the checkpoint in the work directory. Returns its manifest."""
-        if self.journal.find("publishing"):
-            return dict(read_json(self._staged(MANIFEST)))
         text = self._text() if self.plan.needs_text else None
         outer = self._outer()
         widths = self._widths(text)
@@ -253,10 +248,6 @@ class Run:
             "modules": {name: told for entry in entries for name, told in entry["report"].items()},
         }
         return assemble(self.source, self.staging, plan, manifest)
-
-    def _staged(self, name: str) -> Path:
-        """A file of the checkpoint, wherever it is between staging and output."""
-        return self.staging / name if (self.staging / name).is_file() else self.output / name
 
 
 def sizes(source: ModelSource, directory: Path, plan: Descriptions) -> dict[str, Any]:
