@@ -129,13 +129,13 @@ def compress(
     wanted = load_recipe(recipe)  # before the model is looked for: that may take a download
     run = Run(open_source(model), wanted, target, options)
     fresh = not target.exists()
-    try:
-        if run.prepare():
+    if run.prepare():  # a refusal leaves what it found as it was
+        try:
             _execute(run)
-    except LmpressError:
-        if not run.journal.blocks():  # nothing that a resumed run could go on from
-            run.abandon(fresh)
-        raise
+        except LmpressError:
+            if not run.journal.blocks():  # nothing that a resumed run could go on from
+                run.abandon(fresh)
+            raise
     manifest = read_json(target / MANIFEST)
     return Compressed(target, manifest, time.perf_counter() - start, peak_resident_set())
 

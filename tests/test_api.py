@@ -1,0 +1,29 @@
+"""What the public functions refuse, and what a refusal leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lmpress
+from lmpress import api
+from lmpress.errors import RequestError
+from lmpress.pipeline import WORK
+
+
+def test_a_refused_resume_leaves_the_other_run_alone(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(run: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "_execute", killed)  # before its first block is done
+    with pytest.raises(KeyboardInterrupt):
+        lmpress.compress(tiny("llama"), "prune", tmp_path / "out", calibration=str(text_file))
+    journal = tmp_path / "out" / WORK / "journal.jsonl"
+    before = journal.read_bytes()
+    with pytest.raises(RequestError, match="another model, recipe"):
+        lmpress.compress(tiny("llama"), "int8", tmp_path / "out", resume=True)
+    assert journal.read_bytes() == before
