@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from lmpress.cli.app import app
 from lmpress.families import supported
-from lmpress.recipes import STEPS, Calibration, Recipe, load_recipe, shipped_recipes
+from lmpress.recipes import STEPS, Calibration, Recipe, load_recipe, shipped_recipes, shipped_text
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -74,7 +74,9 @@ def test_every_supported_type_is_named() -> None:
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_is_explained(name: str) -> None:
-    assert section((DOCS / "recipes.md").read_text(), f"`{name}`").strip()
+    shipped = section((DOCS / "recipes.md").read_text(), "Recipes that ship")
+    explained = section(shipped, f"`{name}`")
+    assert f"```yaml\n{shipped_text(name)}```" in explained
     listed = (DOCS / "commands" / "recipes.md").read_text()
     assert f"│ {name} " in listed
     assert load_recipe(name).description in listed
