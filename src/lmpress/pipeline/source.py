@@ -35,6 +35,11 @@ TOKENIZER_FILES = (
 """What is copied beside the weights: text that a tokenizer or a generation reads, and no code."""
 
 
+GGUF_NAMES = {"gemma3_text": "gemma3", "mistral": "llama"}
+"""What llama.cpp calls an architecture, where transformers calls it otherwise; it decides how tensors are
+stored: Gemma's norms with one added, Llama's queries and keys permuted."""
+
+
 class ModelSource(ABC):
     """A dense model on disk.
 
@@ -231,9 +236,9 @@ class GgufSource(ModelSource):
             reader = GGUFReader(self.path)
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise RequestError(f"{self.path} is no GGUF file, or it is truncated: {error}") from None
-        architecture = self.config.model_type
+        architecture = GGUF_NAMES.get(self.config.model_type, self.config.model_type)
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self.config.to_dict())
-        mapping = get_gguf_hf_weights_map(self.skeleton, processor)
+        mapping = get_gguf_hf_weights_map(self.skeleton, processor, model_type=architecture)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         found = {hf: gguf for gguf, hf in mapping.items() if gguf in tensors}
         missing = [name for name in self.names if name not in found]
