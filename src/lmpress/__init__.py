@@ -4,7 +4,7 @@
 `AutoModelForCausalLM.from_pretrained` loads what `lmpress.compress` wrote.
 """
 
-from lmpress.api import Compressed, compress, evaluate, load, plan
+from lmpress.api import Comparison, Compressed, compare, compress, evaluate, load, plan
 from lmpress.checkpoint import register
 from lmpress.errors import LmpressError, RequestError
 from lmpress.recipes import Recipe, load_recipe
@@ -13,11 +13,13 @@ from lmpress.version import __version__
 register()
 
 __all__ = [
+    "Comparison",
     "Compressed",
     "LmpressError",
     "Recipe",
     "RequestError",
     "__version__",
+    "compare",
     "compress",
     "evaluate",
     "load",

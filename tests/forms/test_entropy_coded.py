@@ -105,6 +105,35 @@ def test_dense_forward_and_rows_agree_with_the_formula() -> None:
         assert torch.equal(flat.rows(index), codes[index] * 0.125)
 
 
+def test_rare_large_codes_are_kept_apart() -> None:
+    codes = laplace(300, 64, 4.0).clamp(-100, 100)
+    codes[7, 3], codes[7, 60], codes[299, 63], codes[0, 0] = 900, -70_000, 128, -128
+    form = coded(codes)
+    resident = form.resident()
+    assert resident.codes.dtype == torch.int8
+    assert resident.overflow is not None
+    assert len(resident.overflow) == 4
+    assert torch.equal(resident.whole_codes(torch.int64), codes)
+    row_scale, column_scale = scales(300, 64)
+    expected = codes.double() * row_scale.double() * column_scale.double()
+    torch.testing.assert_close(resident.dense(torch.float64), expected)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(resident.forward(x), x @ expected.T)
+    index = torch.tensor([[7, 299, 7], [1, 0, 8]])
+    torch.testing.assert_close(resident.rows(index), expected.float()[index])
+    assert resident.rows(index[:0]).shape == (0, 3, 64)
+    rebuilt = form_from_description(json.loads(json.dumps(resident.describe())))
+    assert {n: (t.shape, t.dtype) for n, t in rebuilt.tensors().items()} == {
+        n: (t.shape, t.dtype) for n, t in resident.tensors().items()
+    }
+    assert torch.equal(rebuilt.with_tensors(resident.tensors()).dense(), resident.dense())
+    common = coded(codes * 100).resident()  # too many to keep apart
+    assert common.overflow is None
+    assert common.codes.dtype == torch.int32
+    with pytest.raises(ValueError, match="together"):
+        replace(resident, excess=None)
+
+
 def test_rows_decode_only_their_chunks() -> None:
     codes = laplace(64, 32, 4.0)
     form = coded(codes, chunk_size=256)
@@ -220,7 +249,7 @@ def test_decode_all_shares_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = decode_all(forms, processes=3)
     for form, codes, one in zip(decoded, matrices, forms, strict=True):
         assert isinstance(form, ScaledCodes)
-        assert torch.equal(form.codes.long(), codes)
+        assert torch.equal(form.whole_codes(torch.int64), codes)
         assert torch.equal(form.dense(), one.dense())
     payload = forms[1].payload.clone()
     payload[3] ^= 1

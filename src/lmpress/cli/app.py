@@ -8,7 +8,7 @@ import warnings
 import typer
 from rich.console import Console
 
-from lmpress.cli import compress, demo, evaluate, generate, inspect, recipes
+from lmpress.cli import compare, compress, demo, evaluate, generate, inspect, recipes
 from lmpress.cli.output import fail
 from lmpress.errors import LmpressError
 from lmpress.version import __version__
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("compress")(compress.compress)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.add_typer(recipes.app, name="recipes")

@@ -5,6 +5,7 @@ from lmpress.evaluation.modules import (
     ModuleRow,
     linear_bits_per_weight,
     module_table,
+    nominal_compression,
     stored_bits_per_weight,
 )
 from lmpress.evaluation.perplexity import TextScore, measure
@@ -48,6 +49,7 @@ __all__ = [
     "measure",
     "module_rows_table",
     "module_table",
+    "nominal_compression",
     "peak_resident_set",
     "refuse_seen_text",
     "resident_bytes",

@@ -14,7 +14,7 @@ from lmpress.checkpoint import MANIFEST, plan_of, read_header, read_json, shard_
 from lmpress.errors import RequestError
 from lmpress.evaluation.size import dense_skeleton
 from lmpress.families import layout_of
-from lmpress.forms import Dense
+from lmpress.forms import Dense, Form, Quantized
 from lmpress.forms.linear import FormHolder
 
 
@@ -98,6 +98,40 @@ def stored_bits_per_weight(path: str | Path, config: Any, skeleton: Any = None) 
         bits += 8 * _stored_bytes(stored, name, original)
         weights += original.weight.numel()
     return bits / weights
+
+
+def nominal_compression(directory: str | Path) -> tuple[float, float]:
+    """What a checkpoint's linears are on paper, for `tcr` and `srcr`: no scale, mask or index is counted.
+
+    Returns:
+        the sparsity, which is the share of the dense linears' weights that no value is stored for; and the
+        mean bits of the values that are stored.
+    """
+    path = Path(directory)
+    config = AutoConfig.from_pretrained(path)
+    forms, skeleton = plan_of(path), dense_skeleton(config)
+    dense, values, bits = 0, 0, 0.0
+    for name in block_linears(config):
+        weight = skeleton.get_submodule(name).weight
+        dense += weight.numel()
+        for count, each in _nominal_leaves(forms[name]) if name in forms else [(weight.numel(), 16.0)]:
+            values += count
+            bits += count * each
+    return max(0.0, 1 - values / max(1, dense)), bits / max(1, values)
+
+
+def _nominal_leaves(form: Form) -> list[tuple[int, float]]:
+    """(values, bits a value) of every leaf of a form."""
+    leaves: list[tuple[int, float]] = []
+
+    def visit(leaf: Form) -> Form:
+        rows, columns = leaf.shape
+        each = float(leaf.bits) if isinstance(leaf, Quantized) else 16.0
+        leaves.append((rows * columns, each))
+        return leaf
+
+    form.rewrite(visit)
+    return leaves
 
 
 def stored_tensors(directory: str | Path) -> dict[str, int]:

@@ -112,8 +112,8 @@ class EntropyCoded(Form):
         return torch.from_numpy(self._coded().decode()).to(self.payload.device)
 
     def resident(self) -> ScaledCodes:
-        """The form that runs: the same matrix with its codes decoded."""
-        return ScaledCodes(self.codes(), self.row_scale, self.column_scale)
+        """The form that runs: the same matrix with its codes decoded, a byte each where nearly all fit."""
+        return ScaledCodes(self.codes(), self.row_scale, self.column_scale).compact()
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.resident().dense(dtype)
@@ -213,7 +213,7 @@ def decode_all(
                 worker.kill()
                 worker.wait()
     return [
-        ScaledCodes(torch.from_numpy(decoded[i]).to(f.payload.device), f.row_scale, f.column_scale)
+        ScaledCodes(torch.from_numpy(decoded[i]).to(f.payload.device), f.row_scale, f.column_scale).compact()
         for i, f in enumerate(forms)
     ]
 

@@ -13,6 +13,9 @@ from lmpress.forms.base import Form, dtype_name, float_dtype, shape_of
 
 CODE_DTYPES = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32}
 
+MOST_OVERFLOW = 1 / 64
+"""Codes beyond a byte are kept apart up to this share of all: they cost 8 bytes each, and a gather."""
+
 
 @dataclass(frozen=True, repr=False)
 class ScaledCodes(Form):
@@ -22,15 +25,42 @@ class ScaledCodes(Form):
         codes: int8, int16 or int32, (out, in).
         row_scale: floating point, (out, 1) or (1, 1).
         column_scale: floating point, (1, in) or (1, 1).
+        overflow: where a code is not the whole of it, int32 (k,): row * in + column; None for nowhere.
+        excess: what is to be added there, int32 (k,).
     """
 
     codes: Tensor
     row_scale: Tensor
     column_scale: Tensor
+    overflow: Tensor | None = None
+    excess: Tensor | None = None
     kind = "scaled_codes"
 
     def __post_init__(self) -> None:
         check_scales(self.shape, self.row_scale, self.column_scale)
+        if (self.overflow is None) != (self.excess is None):
+            raise ValueError("overflow and excess come together")
+
+    def compact(self) -> ScaledCodes:
+        """The same matrix, a byte a code and the rare larger ones apart; itself where they are not rare."""
+        if self.codes.dtype == torch.int8 or not self.codes.numel():
+            return self
+        small = self.codes.clamp(-127, 127)
+        overflow = (small != self.codes).reshape(-1).nonzero()[:, 0]
+        if len(overflow) > MOST_OVERFLOW * self.codes.numel() or self.codes.numel() >= 2**31:
+            return self
+        excess = (self.codes.reshape(-1)[overflow].int() - small.reshape(-1)[overflow].int()).contiguous()
+        scales = self.row_scale, self.column_scale
+        if not len(overflow):
+            return ScaledCodes(small.to(torch.int8), *scales)
+        return ScaledCodes(small.to(torch.int8), *scales, overflow.int(), excess)
+
+    def whole_codes(self, dtype: torch.dtype) -> Tensor:
+        """The codes (out, in) in `dtype`, excess included."""
+        codes = self.codes.to(dtype)
+        if self.overflow is None or self.excess is None:
+            return codes
+        return codes.reshape(-1).index_add(0, self.overflow.long(), self.excess.to(dtype)).view(self.shape)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,29 +68,52 @@ class ScaledCodes(Form):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return (self.codes.to(wide) * self.column_scale.to(wide) * self.row_scale.to(wide)).to(dtype)
+        return (self.whole_codes(wide) * self.column_scale.to(wide) * self.row_scale.to(wide)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         scaled = x * self.column_scale[0].to(x.dtype)  # (..., in)
-        return torch.nn.functional.linear(scaled, self.codes.to(x.dtype)) * self.row_scale[:, 0].to(x.dtype)
+        outputs = torch.nn.functional.linear(scaled, self.codes.to(x.dtype))  # (..., out)
+        if self.overflow is not None:
+            outputs = self.add_excess(outputs, scaled)
+        return outputs * self.row_scale[:, 0].to(x.dtype)
+
+    def add_excess(self, outputs: Tensor, scaled: Tensor) -> Tensor:
+        """`outputs` (..., out) of the codes, plus what their excess gives for `scaled` inputs (..., in)."""
+        if self.overflow is None or self.excess is None:
+            return outputs
+        row, column = self.overflow // self.shape[1], self.overflow % self.shape[1]
+        return outputs.index_add(-1, row, scaled[..., column] * self.excess.to(scaled.dtype))
 
     def rows(self, index: Tensor) -> Tensor:
         flat = index.reshape(-1)
         scale = self.row_scale if self.row_scale.shape[0] == 1 else self.row_scale[flat]
-        picked = replace(self, codes=self.codes[flat], row_scale=scale)
+        codes = self.codes[flat]
+        if self.overflow is not None and self.excess is not None:
+            wanted, place = torch.unique(flat, return_inverse=True)
+            row, column = self.overflow // self.shape[1], self.overflow % self.shape[1]
+            at = torch.searchsorted(wanted, row.to(wanted.dtype)).clamp_max(len(wanted) - 1)
+            hit = wanted[at] == row if len(wanted) else row < 0
+            few = self.codes[wanted].int()
+            few[at[hit], column[hit]] += self.excess[hit]
+            codes = few[place]
+        picked = replace(self, codes=codes, row_scale=scale, overflow=None, excess=None)
         return picked.dense().view(*index.shape, self.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"codes": self.codes, "row_scale": self.row_scale, "column_scale": self.column_scale}
+        named = {"codes": self.codes, "row_scale": self.row_scale, "column_scale": self.column_scale}
+        if self.overflow is not None and self.excess is not None:
+            named |= {"overflow": self.overflow, "excess": self.excess}
+        return named
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> ScaledCodes:
-        return ScaledCodes(tensors["codes"], tensors["row_scale"], tensors["column_scale"])
+        return replace(self, **{name: tensors[name] for name in self.tensors()})
 
     def describe(self) -> dict[str, Any]:
         return {
             "form": self.kind,
             "shape": list(self.shape),
             "code_dtype": dtype_name(self.codes.dtype),
+            "overflow": 0 if self.overflow is None else len(self.overflow),
             **describe_scales(self.row_scale, self.column_scale),
         }
 
@@ -70,7 +123,9 @@ class ScaledCodes(Form):
         if description["code_dtype"] not in CODE_DTYPES:
             raise ValueError(f"codes are {', '.join(CODE_DTYPES)}, not {description['code_dtype']!r}")
         codes = torch.empty(shape, dtype=CODE_DTYPES[description["code_dtype"]], device="meta")
-        return cls(codes, *empty_scales(shape, description))
+        count = int(description["overflow"])
+        apart = [torch.empty(count, dtype=torch.int32, device="meta") for _ in range(2 if count else 0)]
+        return cls(codes, *empty_scales(shape, description), *apart)
 
     def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
         return rewriter(self)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import lmpress
-from lmpress import api
 from lmpress.errors import RequestError
-from lmpress.pipeline import WORK
+from lmpress.pipeline import WORK, Run
 
 
 def test_a_refused_resume_leaves_the_other_run_alone(
@@ -19,7 +18,7 @@ def test_a_refused_resume_leaves_the_other_run_alone(
     def killed(run: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "_execute", killed)  # before its first block is done
+    monkeypatch.setattr(Run, "execute", killed)  # before its first block is done
     with pytest.raises(KeyboardInterrupt):
         lmpress.compress(tiny("llama"), "prune", tmp_path / "out", calibration=str(text_file))
     journal = tmp_path / "out" / WORK / "journal.jsonl"

@@ -1,0 +1,26 @@
+"""The public API: what every command calls."""
+
+from lmpress.api.comparison import Comparison, Row, compare
+from lmpress.api.compression import Compressed, compress, plan
+from lmpress.api.demonstration import Demo, demo
+from lmpress.api.loading import continuation, generate, load, load_any
+from lmpress.api.measuring import evaluate, evaluate_many, inspect, write_card
+
+__all__ = [
+    "Comparison",
+    "Compressed",
+    "Demo",
+    "Row",
+    "compare",
+    "compress",
+    "continuation",
+    "demo",
+    "evaluate",
+    "evaluate_many",
+    "generate",
+    "inspect",
+    "load",
+    "load_any",
+    "plan",
+    "write_card",
+]

@@ -1,0 +1,178 @@
+"""Several recipes over one model, measured in one run at real bytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmpress.api.compression import compress
+from lmpress.api.measuring import evaluate_many
+from lmpress.checkpoint import read_json, write_bytes, write_json
+from lmpress.errors import RequestError
+from lmpress.evaluation import Evaluation, nominal_compression, sr_from_perplexity, srcr, tcr
+from lmpress.recipes import Recipe, load_recipe
+from lmpress.report import comparison_plot
+
+TIMES = "runs.json"
+"""Beside the checkpoints: seconds and peak memory of each compression, for a resumed comparison."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe in a comparison.
+
+    Attributes:
+        name: of the recipe; `dense` for the reference.
+        evaluation: what was measured.
+        sparsity: share of the linears' weights for which no value is stored; 0 for the reference.
+        bits: mean nominal bits of the values that are stored.
+        seconds: of the compression; None for the reference.
+        peak_resident_set: of the compressing process, which a comparison does one recipe after the other in.
+    """
+
+    name: str
+    evaluation: Evaluation
+    sparsity: float
+    bits: float
+    seconds: float | None
+    peak_resident_set: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The evaluation with the retention figures and what the compression took."""
+        told = self.evaluation.to_json() | {"name": self.name, "reference": None}
+        reference = self.evaluation.reference
+        retention = None
+        if reference is not None:
+            own, dense = self.evaluation.texts[0].score.perplexity, reference.texts[0].score.perplexity
+            retention = sr_from_perplexity(own, dense)
+        return told | {
+            "sparsity": self.sparsity,
+            "bits": self.bits,
+            "tcr": tcr(self.sparsity, self.bits),
+            "sr_perplexity": retention,
+            "srcr_perplexity": None if retention is None else srcr(retention, self.sparsity, self.bits),
+            "compression_seconds": self.seconds,
+            "compression_peak_resident_set": self.peak_resident_set,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of recipes; the dense model first."""
+
+    rows: tuple[Row, ...]
+    directory: Path
+
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """By name, the dense model first."""
+        return {row.name: row.evaluation for row in self.rows}
+
+    def to_json(self) -> dict[str, Any]:
+        """All rows as one object."""
+        return {"directory": str(self.directory), "rows": [row.to_json() for row in self.rows]}
+
+    def to_csv(self) -> str:
+        """A line a recipe: sizes, a perplexity and a KL a text, retention, times and speeds."""
+        buffer = io.StringIO()
+        writer: csv.DictWriter[str] | None = None
+        for row in self.rows:
+            flat = _flat(row.to_json())
+            if writer is None:
+                writer = csv.DictWriter(buffer, list(flat), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(flat)
+        return buffer.getvalue()
+
+
+def compare(
+    model: str | Path,
+    recipes: Sequence[str | Path | Recipe | Mapping[str, Any]],
+    output: str | Path,
+    *,
+    calibration: str = "self",
+    text: str | Sequence[str] = "python-docs",
+    window: int | None = None,
+    max_tokens: int | None = None,
+    throughput: bool = True,
+    dtype: str = "auto",
+    device: str = "auto",
+    memory: int | None = None,
+) -> Comparison:
+    """Compress a model with each recipe, and measure all of them and the dense model in one pass.
+
+    Every checkpoint goes to `output/RECIPE`; a comparison that was interrupted goes on where it stopped.
+    `comparison.json`, `comparison.csv`, `comparison.svg` and `comparison.png` are written to `output`.
+
+    Args:
+        model: as for `compress`.
+        recipes: two recipes or more make sense; their names have to differ.
+        calibration: as for `compress`; the same for all.
+        text: as for `evaluate`.
+
+    Raises:
+        RequestError: two recipes of one name, among others.
+    """
+    loaded = [load_recipe(recipe) for recipe in recipes]
+    names = [recipe.name for recipe in loaded]
+    twice = sorted({name for name in names if names.count(name) > 1 or name == "dense"})
+    if twice or not loaded:
+        told = f"{twice[0]!r} is taken" if twice else "none is given"
+        raise RequestError(f"a comparison needs recipes of different names, and {told}")
+    target = Path(output).expanduser()
+    times = dict(read_json(target / TIMES)) if (target / TIMES).is_file() else {}
+    for recipe in loaded:
+        done = compress(
+            model,
+            recipe,
+            target / recipe.name,
+            calibration=calibration,
+            device=device,
+            memory=memory,
+            resume=True,
+        )
+        if recipe.name not in times:
+            times[recipe.name] = {"seconds": done.seconds, "peak_resident_set": done.peak_resident_set}
+            write_json(target / TIMES, times)
+    results = evaluate_many(
+        {"dense": model} | {name: target / name for name in names},
+        text=text,
+        reference="dense",
+        window=window,
+        max_tokens=max_tokens,
+        throughput=throughput,
+        dtype=dtype,
+        device=device,
+    )
+    rows = [Row("dense", results["dense"], 0.0, 16.0, None, None)]
+    for name in names:
+        sparsity, bits = nominal_compression(target / name)
+        took = times[name]
+        rows.append(Row(name, results[name], sparsity, bits, took["seconds"], took["peak_resident_set"]))
+    comparison = Comparison(tuple(rows), target)
+    _write(comparison)
+    return comparison
+
+
+def _write(comparison: Comparison) -> None:
+    write_json(comparison.directory / "comparison.json", comparison.to_json())
+    write_bytes(comparison.directory / "comparison.csv", comparison.to_csv().encode())
+    for kind in ("svg", "png"):
+        picture = comparison_plot(comparison.evaluations, kind)
+        write_bytes(comparison.directory / f"comparison.{kind}", picture)
+
+
+def _flat(told: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of the CSV: scalars as they are, a column a text, the speeds spelled out."""
+    flat = {k: v for k, v in told.items() if not isinstance(v, dict | list) and k != "reference"}
+    for text in told["texts"]:
+        for key in ("perplexity", "kl", "top1_agreement", "tokens"):
+            flat[f"{key} ({text['corpus']})"] = text[key]
+    speeds = told["throughput"] or {}
+    for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio"):
+        flat[key] = speeds.get(key)
+    return flat

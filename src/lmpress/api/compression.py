@@ -1,0 +1,142 @@
+"""A model in, a checkpoint out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmpress.api.loading import device_of, load
+from lmpress.checkpoint import MANIFEST, read_json
+from lmpress.errors import LmpressError
+from lmpress.evaluation import disk_bytes, peak_resident_set
+from lmpress.pipeline import Run, RunOptions, discard, make_plan, open_source, publish, remove_stale
+from lmpress.recipes import Recipe, Recover, load_recipe
+from lmpress.recovery import recover_checkpoint
+
+RECOVERED = "recovered"
+"""Below the work directory: the checkpoint after training, until it is published."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A finished compression.
+
+    Attributes:
+        directory: the checkpoint.
+        manifest: what lmpress.json says.
+        seconds: wall time of this call; of a resumed run, the last part of it.
+        peak_resident_set: of the process, bytes.
+    """
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    seconds: float
+    peak_resident_set: int
+
+    def load(self, **options: Any) -> Any:
+        """The model, as `lmpress.load` gives it."""
+        return load(self.directory, **options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes and what it took."""
+        total = disk_bytes(self.directory)
+        sizes = dict(self.manifest["sizes"])
+        return {
+            "directory": str(self.directory),
+            "recipe": self.manifest["recipe"]["name"],
+            "bytes_on_disk": total,
+            **sizes,
+            "ratio": total / sizes["bytes_16bit"],
+            "seconds": round(self.seconds, 3),
+            "peak_resident_set": self.peak_resident_set,
+            "recovery": self.manifest.get("recovery"),
+        }
+
+
+def compress(
+    model: str | Path,
+    recipe: str | Path | Recipe | Mapping[str, Any],
+    output: str | Path,
+    *,
+    calibration: str = "self",
+    device: str = "auto",
+    memory: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> Compressed:
+    """Compress a model, and write a checkpoint that `from_pretrained` loads.
+
+    Args:
+        model: a directory, a .gguf file, a hub id, or `demo`.
+        recipe: a shipped recipe's name, a YAML file, a mapping, or a `Recipe`.
+        output: a directory that is empty or does not exist.
+        calibration: `self` (the model writes it), a file, `wikitext2`, `c4`, or several joined by commas.
+        device: `auto`, `cpu`, `cuda`, ...
+        memory: bytes that the run may use for hidden states; larger ones are spooled to disk.
+        resume: go on where an interrupted run stopped.
+        force: overwrite an earlier checkpoint in `output`.
+
+    Raises:
+        RequestError: what was asked for cannot be done; nothing was changed.
+        LmpressError: the work failed.
+    """
+    start = time.perf_counter()
+    target = Path(output).expanduser()
+    options = RunOptions(calibration, device_of(device), memory, resume, force)
+    wanted = load_recipe(recipe)  # before the model is looked for: that may take a download
+    run = Run(open_source(model), wanted, target, options)
+    fresh = not target.exists()
+    if run.prepare():  # a refusal leaves what it found as it was
+        try:
+            _execute(run)
+        except LmpressError:
+            if not run.journal.blocks():  # nothing that a resumed run could go on from
+                run.abandon(fresh)
+            raise
+    manifest = read_json(target / MANIFEST)
+    return Compressed(target, manifest, time.perf_counter() - start, peak_resident_set())
+
+
+def _execute(run: Run) -> None:
+    """Compress, recover, publish; each part is skipped where a resumed run has it behind itself."""
+    output, work = run.output, run.work
+    marker = run.journal.find("publishing")
+    if marker is None:
+        manifest = run.execute()
+        staged = run.staging
+        step = next((s for s in run.recipe.steps if isinstance(s, Recover)), None)
+        if step is not None:
+            recovered = work / RECOVERED
+            discard(recovered)
+            manifest = recover_checkpoint(
+                run.source,
+                staged,
+                recovered,
+                manifest,
+                step,
+                run.options.calibration,
+                run.recipe.seed,
+                run.options.device,
+            )
+            staged = recovered
+        run.journal.append({"publishing": staged.name, "files": sorted(p.name for p in staged.iterdir())})
+        marker = run.journal.find("publishing")
+    assert marker is not None
+    publish(work / str(marker["publishing"]), output)
+    remove_stale(output, set(marker["files"]))
+    discard(work)
+
+
+def plan(model: str | Path, recipe: str | Path | Recipe | Mapping[str, Any]) -> dict[str, Any]:
+    """What `compress` would do, as JSON, with the bytes to expect; nothing is computed or written."""
+    wanted = load_recipe(recipe)
+    source = open_source(model)
+    resolved = make_plan(wanted, source)
+    predicted = resolved.predicted["bytes"]
+    full = 2 * sum(source.skeleton.state_dict(keep_vars=True)[name].numel() for name in source.names)
+    told = resolved.to_json()
+    told["predicted"] = told["predicted"] | {"bytes_16bit": full, "ratio": predicted / full}
+    return told

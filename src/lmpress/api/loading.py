@@ -1,0 +1,93 @@
+"""Models of every kind that commands take, loaded and ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lmpress.checkpoint import is_compressed, shard_paths, verify_checkpoint
+from lmpress.errors import LmpressError, RequestError
+from lmpress.forms.base import float_dtype
+from lmpress.pipeline import load_dense, open_source
+
+
+def load(directory: str | Path, *, verify: bool = True, **options: Any) -> Any:
+    """Load a checkpoint: `AutoModelForCausalLM.from_pretrained` behind a check of its files.
+
+    Args:
+        directory: a checkpoint that lmpress wrote, or any dense model directory.
+        verify: compare the files' hashes with the manifest.
+        options: passed on (`dtype`, `device_map`, ...).
+
+    Raises:
+        RequestError: a missing, truncated or changed file.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise RequestError(f"there is no checkpoint at {path}")
+    if is_compressed(path):
+        verify_checkpoint(path, full=verify)
+    else:
+        shard_paths(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise LmpressError(f"{path} does not load: {lines[0] if lines else error!r}") from error
+
+
+def load_any(model: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any, Path | None]:
+    """A model of any kind that commands take: (model, tokenizer, the path whose bytes it is measured by)."""
+    path = Path(model).expanduser()
+    chosen, asked = device_of(device), _dtype(dtype)
+    if path.is_dir() and is_compressed(path):
+        loaded = load(path, dtype=asked or "auto")
+        return loaded.to(chosen), AutoTokenizer.from_pretrained(path, trust_remote_code=False), path
+    source = open_source(model)
+    wanted = asked or (torch.float32 if source.dtype == torch.float64 else source.dtype)
+    directory, gguf = source.location
+    return load_dense(source, wanted, chosen), source.tokenizer(), None if gguf else directory
+
+
+def generate(
+    model: str | Path, prompt: str, *, max_new_tokens: int = 64, dtype: str = "auto", device: str = "auto"
+) -> str:
+    """Continue a prompt, greedily: the new text alone."""
+    loaded, tokenizer, _ = load_any(model, dtype, device)
+    return continuation(loaded, tokenizer, prompt, max_new_tokens)
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """The greedy continuation of a prompt by a loaded model."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].numel():
+        raise RequestError("the prompt is empty: give a few words to go on from")
+    with torch.no_grad():
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    """The type that a model computes in; None for `auto`."""
+    if name == "auto":
+        return None
+    try:
+        return float_dtype(name)
+    except ValueError as error:
+        raise RequestError(f"dtype: {error}, auto") from None
+
+
+def device_of(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RequestError(f"device {device!r} is not to be had ({reason}); try --device cpu") from None
+    return device

@@ -1,0 +1,93 @@
+"""`compare`: all recipes on the same text, real bytes, pictures, and no work twice."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lmpress
+from lmpress.errors import RequestError
+from lmpress.pipeline import Run
+from tests.conftest import EVERY_STEP
+
+INT4: dict[str, Any] = {
+    "name": "four",
+    "calibration": EVERY_STEP["calibration"],
+    "steps": [{"quantize": {"bits": 4, "granularity": "group:32", "solver": "gptq"}}],
+}
+
+
+@pytest.fixture(scope="module")
+def comparison(
+    tiny: Callable[[str], Path], text_file: Path, other_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> lmpress.Comparison:
+    return lmpress.compare(
+        tiny("llama"),
+        ["int8", EVERY_STEP, INT4],
+        tmp_path_factory.mktemp("comparison"),
+        calibration=str(text_file),
+        text=str(other_text),
+        window=64,
+        throughput=False,
+    )
+
+
+def test_rows(comparison: lmpress.Comparison) -> None:
+    rows = {row.name: row.to_json() for row in comparison.rows}
+    assert list(rows) == ["dense", "int8", "every-step", "four"]
+    for name in ("int8", "every-step", "four"):
+        files = (comparison.directory / name).rglob("*")
+        assert rows[name]["bytes_on_disk"] == sum(p.stat().st_size for p in files if p.is_file())
+        assert rows[name]["kl"] > 0
+        assert rows[name]["compression_seconds"] > 0
+    # nothing removed at 8 bits: 1 - 8/16; at 4 bits 1 - 4/16
+    assert rows["int8"]["tcr"] == pytest.approx(0.5)
+    assert rows["four"]["tcr"] == pytest.approx(0.75)
+    assert 0 < rows["every-step"]["sparsity"] < 0.5
+    dense, own = rows["dense"]["perplexity"], rows["four"]["perplexity"]
+    assert rows["four"]["sr_perplexity"] == pytest.approx(dense / own)
+    # g(0, 4) = 1 - (1 - 0) (1 - 2/4) = 1/2
+    assert rows["four"]["srcr_perplexity"] == pytest.approx(dense / own / 2)
+
+
+def test_files(comparison: lmpress.Comparison) -> None:
+    lines = list(csv.DictReader(io.StringIO((comparison.directory / "comparison.csv").read_text())))
+    assert [line["name"] for line in lines] == [row.name for row in comparison.rows]
+    told = json.loads((comparison.directory / "comparison.json").read_text())
+    assert float(lines[1]["perplexity"]) == pytest.approx(told["rows"][1]["perplexity"])
+    assert (comparison.directory / "comparison.svg").read_bytes().startswith(b"<?xml")
+    assert (comparison.directory / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_comparison_compresses_nothing(
+    comparison: lmpress.Comparison,
+    tiny: Callable[[str], Path],
+    text_file: Path,
+    other_text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Run, "execute", lambda self: pytest.fail("a finished recipe was compressed again"))
+    again = lmpress.compare(
+        tiny("llama"),
+        ["int8", EVERY_STEP, INT4],
+        comparison.directory,
+        calibration=str(text_file),
+        text=str(other_text),
+        window=64,
+        throughput=False,
+    )
+    drop = ("peak_resident_set", "name")
+    for one, two in zip(comparison.rows, again.rows, strict=True):
+        before = {k: v for k, v in one.to_json().items() if k not in drop}
+        assert before == {k: v for k, v in two.to_json().items() if k not in drop}
+
+
+def test_two_recipes_of_one_name(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="'int8' is taken"):
+        lmpress.compare(tiny("llama"), ["int8", "int8"], tmp_path)
