@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -190,6 +191,37 @@ def test_a_full_directory_is_left_alone(tiny: Callable[[str], Path], tmp_path: P
     assert not (output / WORK).exists()
 
 
+def test_resume_where_no_run_was_leaves_what_is_there(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(tiny("llama-untied"), output)
+    before = digest(output)
+    with pytest.raises(RequestError, match="not empty"):
+        lmpress.compress(tiny("llama"), "int8", output, resume=True)
+    assert digest(output) == before
+
+
+def test_old_and_new_weights_never_load_together(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    lmpress.compress(tiny("llama"), "int8", output)
+    original = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target) == output / "model-00002-of-00003.safetensors":
+            raise KeyboardInterrupt
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            lmpress.compress(tiny("mistral"), "int8", output, force=True)
+    assert not (output / "config.json").exists()
+    lmpress.compress(tiny("mistral"), "int8", output, resume=True)
+    lmpress.compress(tiny("mistral"), "int8", tmp_path / "fresh")
+    assert digest(output) == digest(tmp_path / "fresh")
+
+
 def test_force_replaces_an_earlier_checkpoint_whole(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     lmpress.compress(tiny("llama-untied"), "int8", tmp_path / "out")
     lmpress.compress(tiny("llama"), "int8", tmp_path / "out", force=True)
@@ -203,6 +235,16 @@ def test_resume_of_another_run_is_refused(tiny: Callable[[str], Path], tmp_path:
     with pytest.raises(RequestError, match="another model, recipe"):
         lmpress.compress(tiny("llama"), "prune", tmp_path / "out", resume=True)
     assert digest(tmp_path / "out") == before
+
+
+def test_a_directory_of_links_to_the_model_is_never_overwritten(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for path in tiny("llama").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(RequestError, match="is to be compressed"):
+        lmpress.compress(tmp_path, "int8", tmp_path, force=True)
+    assert (tmp_path / "model.safetensors").is_symlink()
 
 
 def test_the_model_itself_is_never_overwritten(tiny: Callable[[str], Path]) -> None:

@@ -98,7 +98,7 @@ def compare(
     text: str | Sequence[str] = "python-docs",
     window: int | None = None,
     max_tokens: int | None = None,
-    throughput: bool = True,
+    throughput: bool = False,
     dtype: str = "auto",
     device: str = "auto",
     memory: int | None = None,

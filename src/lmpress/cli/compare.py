@@ -23,7 +23,7 @@ def compare(
     ] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens a window; min(2048, context).")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text; all of them.")] = None,
-    throughput: Annotated[bool, typer.Option(help="Time prefill and decoding too.")] = True,
+    throughput: Annotated[bool, typer.Option("--throughput", help="Time prefill and decoding too.")] = False,
     memory: Annotated[str | None, typer.Option(help="Memory for hidden states, such as 6GB.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",

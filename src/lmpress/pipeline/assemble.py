@@ -78,10 +78,12 @@ def assemble(
 def publish(staging: Path, output: Path) -> None:
     """Move a finished checkpoint to where the user wants it; may be repeated after a crash.
 
-    Weights that an older checkpoint left in `output` and the new one does not have are removed; other
-    files are left alone.
+    An older checkpoint's config goes first and the new one's comes last: in between there is nothing that
+    loads, so that old and new weights are never taken for one model.
     """
     new = {path.name for path in staging.iterdir()} if staging.is_dir() else set()
+    if "config.json" in new:
+        (output / "config.json").unlink(missing_ok=True)
     for name in sorted(new, key=lambda name: (name == "config.json", name)):  # the config makes it loadable
         os.replace(staging / name, output / name)
     sync_directory(output)

@@ -112,6 +112,8 @@ class Run:
                     f"{self.output} holds a run of another model, recipe, calibration or version; "
                     "name another directory, or overwrite it with --force"
                 )
+            if not self.options.force:
+                check_empty(self.output)
         discard(self.work)
         self.staging.mkdir(parents=True)
         self.journal.start(fingerprint)
@@ -279,16 +281,20 @@ def check_output(output: Path, source: ModelSource, options: RunOptions) -> None
     if output.exists() and not output.is_dir():
         raise RequestError(f"{output} is a file; name a directory")
     place = output.resolve()
-    if any(path.resolve().parent == place for path in source.files):
+    if any(place in (path.resolve().parent, path.parent.resolve()) for path in source.files):
         raise RequestError(f"{output} holds the model that is to be compressed; name another directory")
-    if options.resume or options.force or not output.is_dir():
+    if options.resume or options.force:
         return
-    held = sorted(path.name for path in output.iterdir())
-    if WORK in held:
+    if (output / WORK).exists():
         raise RequestError(
             f"{output} holds an unfinished run: go on with --resume, or start anew with --force"
         )
-    if held:
+    check_empty(output)
+
+
+def check_empty(output: Path) -> None:
+    """RequestError where `output` holds anything but what an unfinished run left."""
+    if output.is_dir() and any(path.name != WORK for path in output.iterdir()):
         raise RequestError(f"{output} is not empty: name another directory, or overwrite it with --force")
 
 
