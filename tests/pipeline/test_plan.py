@@ -92,3 +92,21 @@ def test_hybrids(rule: str, per_tensor: set[str], tiny: Callable[[str], Path]) -
         if module["steps"][0]["quantize"]["granularity"] == "tensor"
     }
     assert found == per_tensor
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([{"quantize": {}}, {"quantize": {"targets": "attention"}}], r"step 2.*q_proj.*step 1 quantizes"),
+        (
+            [{"quantize": {"targets": "attention"}}, {"svd": {"targets": "*.q_proj", "ratio": 0.5}}],
+            r"step 2 \(svd\).*q_proj.*step 1 quantizes",
+        ),
+        ([{"svd": {"targets": "*", "ratio": 0.5}}], r"embed_tokens.*not on embeddings"),
+    ],
+)
+def test_steps_that_cannot_follow_each_other(
+    steps: list[Any], message: str, tiny: Callable[[str], Path]
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        lmpress.plan(tiny("llama"), {"steps": steps})

@@ -105,6 +105,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
         chosen = _hybrid(step, {name: shapes[name] for name in names})
         for name in names:
             old = modules[name]
+            _check_sequence(index, name, old, recipe, layout)
             granularity = old.granularity | ({index: chosen[name]} if name in chosen else {})
             modules[name] = ModulePlan(old.shape, (*old.steps, index), granularity)
             if isinstance(step, Quantize) and not step.hybrid:
@@ -113,6 +114,17 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     return Plan(
         source.name, recipe, dtype, modules, neurons, _predict(recipe, source, modules, neurons, dtype)
     )
+
+
+def _check_sequence(index: int, name: str, module: ModulePlan, recipe: Recipe, layout: Layout) -> None:
+    """RequestError where a step cannot follow those that touch the same module before it."""
+    step = recipe.steps[index]
+    place = f"recipe {recipe.name}: step {index + 1} ({step.kind}) targets {step.targets!r}, and so {name}"
+    if isinstance(step, Svd) and name in (layout.embedding, layout.head):
+        raise RequestError(f"{place}; svd works on the linears of the blocks, not on embeddings")
+    earlier = next((i for i in module.steps if isinstance(recipe.steps[i], Quantize)), None)
+    if earlier is not None:
+        raise RequestError(f"{place}, which step {earlier + 1} quantizes; let their targets not overlap")
 
 
 def _shapes(source: ModelSource) -> dict[str, tuple[int, int]]:
