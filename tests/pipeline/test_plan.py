@@ -24,6 +24,8 @@ def one(step: dict[str, Any]) -> dict[str, Any]:
         {"quantize": {"bits": 3, "granularity": "group:32"}},
         {"quantize": {"bits": 5, "symmetric": False, "granularity": "channel"}},
         {"svd": {"ratio": 0.6}},
+        {"svd": {"ratio": 0.9, "multiple_of": 8}},
+        {"quantize": {"bits": 3, "granularity": "channel"}},
         {"prune_neurons": {"allocation": "uniform", "ratio": 0.25, "multiple_of": 8}},
     ],
 )

@@ -11,6 +11,7 @@ import torch
 
 from lmpress.errors import RequestError
 from lmpress.families import Layout
+from lmpress.forms import packed_width
 from lmpress.methods.granularity import hybrid_granularities
 from lmpress.methods.neuron_pruning import aligned_width
 from lmpress.methods.rtn import parse_granularity
@@ -41,7 +42,7 @@ class Plan:
     Attributes:
         modules: by full name, linears of the blocks as well as the embedding and an untied head.
         neurons: index of the step that prunes neurons, or None.
-        predicted: `bytes` of the weights after compression; whether that is `exact`, or an upper bound.
+        predicted: `bytes` of the weights after compression; whether that is `exact`, or an estimate.
     """
 
     model: str
@@ -55,6 +56,11 @@ class Plan:
     def needs_text(self) -> bool:
         """Whether any step looks at calibration text (recovery aside)."""
         return any(step.needs_statistics for step in self.recipe.steps)
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the compressed model is trained at the end."""
+        return any(isinstance(step, Recover) for step in self.recipe.steps)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON."""
@@ -204,7 +210,7 @@ def _predict(
     neurons: int | None,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Bytes of the weights, from shapes alone; what data decide is taken at its upper bound."""
+    """Bytes of the weights, from shapes alone; an estimate, and not `exact`, where data decide."""
     layout = source.layout
     total, exact = 0, True
     for name, module in modules.items():
@@ -212,8 +218,8 @@ def _predict(
         if neurons is not None and name not in (layout.embedding, layout.head):
             shape, sure = _pruned(shape, name, recipe.steps[neurons], layout)
             exact &= sure
-        bits, sure = _module_bits(recipe, module, shape, dtype)
-        total += bits // 8
+        size, sure = _module_bytes(recipe, module, shape, dtype)
+        total += size
         exact &= sure
     state = source.skeleton.state_dict(keep_vars=True)
     rest = [name for name in source.names if name.removesuffix(".weight") not in modules]
@@ -237,25 +243,32 @@ def _pruned(shape: tuple[int, int], name: str, step: Any, layout: Layout) -> tup
     return shape, True
 
 
-def _module_bits(
+def _module_bytes(
     recipe: Recipe, module: ModulePlan, shape: tuple[int, int], dtype: torch.dtype
 ) -> tuple[int, bool]:
     leaves, exact = [shape], True
-    bits = 8 * dtype.itemsize
-    scales = 0
+    quantize: Quantize | None = None
+    granularity = "channel"
     for index in module.steps:
         step = recipe.steps[index]
         if isinstance(step, Svd):
             if step.ratio is not None:
                 rank = int(step.ratio * shape[0] * shape[1] / (shape[0] + shape[1]))
-                leaves = [(shape[0], rank), (rank, shape[1])]
+                rank = min(max(rank // step.multiple_of * step.multiple_of, 1), min(shape))
+                if rank * (shape[0] + shape[1]) < shape[0] * shape[1]:  # else it stays dense
+                    leaves = [(shape[0], rank), (rank, shape[1])]
             exact &= step.ratio is not None
         if isinstance(step, Quantize):
-            bits = step.bits
+            quantize = step
             granularity = module.granularity.get(index, step.granularity)
-            each = 16 if step.symmetric else 16 + step.bits
-            scales = sum(_scales(granularity, leaf) * each for leaf in leaves)
-    return sum(m * n for m, n in leaves) * bits + scales, exact
+    if quantize is None:
+        return sum(m * n for m, n in leaves) * dtype.itemsize, exact
+    total = 0
+    for m, n in leaves:
+        scales = _scales(granularity, (m, n))
+        total += m * packed_width(n, quantize.bits) + 2 * scales
+        total += 0 if quantize.symmetric else packed_width(scales, quantize.bits)
+    return total, exact
 
 
 def _scales(granularity: str, shape: tuple[int, int]) -> int:
