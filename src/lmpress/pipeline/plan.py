@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,26 +12,20 @@ import torch
 from lmpress.errors import RequestError
 from lmpress.families import Layout
 from lmpress.methods.granularity import hybrid_granularities
-from lmpress.methods.neuron_pruning import aligned_width
-from lmpress.methods.rtn import parse_granularity
+from lmpress.pipeline.prediction import ModulePlan, predict
 from lmpress.pipeline.source import ModelSource
-from lmpress.recipes import LeafStep, PruneNeurons, Quantize, Recipe, Recover, Svd
+from lmpress.recipes import (
+    Correct,
+    FormStep,
+    PruneNeurons,
+    Quantize,
+    Recipe,
+    SparseLowRank,
+    Step,
+    Svd,
+)
+from lmpress.recipes.order import conflict
 from lmpress.recipes.steps import GROUPS, options_of
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """What happens to one module.
-
-    Attributes:
-        shape: (out, in) of its dense weight.
-        steps: indices into the recipe's steps, in order.
-        granularity: by step index, where a hybrid was resolved.
-    """
-
-    shape: tuple[int, int]
-    steps: tuple[int, ...] = ()
-    granularity: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,8 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     """Resolve `recipe` for the model of `source`; nothing but its config and headers is looked at.
 
     Raises:
-        RequestError: targets that match no module; groups that do not divide a module's inputs.
+        RequestError: targets that match no module; a step that cannot follow an earlier one of the same
+            module; groups that do not divide a module's inputs.
     """
     layout = source.layout
     shapes = _shapes(source)
@@ -94,7 +89,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     for index, step in enumerate(recipe.steps):
         if isinstance(step, PruneNeurons):
             neurons = index
-        if not isinstance(step, LeafStep):
+        if not isinstance(step, FormStep):
             continue
         names = _targets(step.targets, layout, tuple(shapes))
         if not names:
@@ -107,11 +102,11 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
             old = modules[name]
             granularity = old.granularity | ({index: chosen[name]} if name in chosen else {})
             modules[name] = ModulePlan(old.shape, (*old.steps, index), granularity)
-            if isinstance(step, Quantize) and not step.hybrid:
-                _check_groups(step, name, old, recipe, neurons is not None, layout)
+            _check_order(recipe, index, name, old, layout)
+            _check_groups(step, name, old, recipe, neurons is not None, layout)
     dtype = _storage_dtype(recipe, source)
     return Plan(
-        source.name, recipe, dtype, modules, neurons, _predict(recipe, source, modules, neurons, dtype)
+        source.name, recipe, dtype, modules, neurons, predict(recipe, source, modules, neurons, dtype)
     )
 
 
@@ -143,111 +138,67 @@ def _targets(targets: str, layout: Layout, names: tuple[str, ...]) -> list[str]:
     return [name for name in names if fnmatchcase(name, targets)]
 
 
-def _hybrid(step: LeafStep, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+def _hybrid(step: Step, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     if not isinstance(step, Quantize) or not step.hybrid:
         return {}
     return hybrid_granularities(shapes, step.granularity, percentile=step.percentile, k=step.std_factor)
 
 
+def _check_order(recipe: Recipe, index: int, name: str, module: ModulePlan, layout: Layout) -> None:
+    """Whether a step can follow those that touch the same module."""
+    step = recipe.steps[index]
+    where = f"recipe {recipe.name}: step {index + 1} ({step.kind})"
+    if step.blocks_only and name in (layout.embedding, layout.head):
+        raise RequestError(f"{where} works on the linears of the blocks, and its targets match {name}")
+    fault = conflict(step, [recipe.steps[i] for i in module.steps])
+    if fault is not None:
+        raise RequestError(f"{where}: {fault} ({name})")
+
+
 def _check_groups(
-    step: Quantize, name: str, module: ModulePlan, recipe: Recipe, pruned: bool, layout: Layout
+    step: Step, name: str, module: ModulePlan, recipe: Recipe, pruned: bool, layout: Layout
 ) -> None:
-    kind, size = parse_granularity(step.granularity)
-    if kind != "group" or size is None:
-        return
-    if module.shape[1] % size:
-        raise RequestError(
-            f"recipe {recipe.name}: groups of {size} do not divide the {module.shape[1]} inputs of {name}; "
-            f"take a divisor, or granularity: channel"
-        )
-    for earlier in (recipe.steps[i] for i in module.steps):
-        if isinstance(earlier, Svd) and earlier.multiple_of % size:
-            raise RequestError(
-                f"recipe {recipe.name}: ranks are multiples of {earlier.multiple_of}, and groups of {size} "
-                f"do not divide these; let svd have multiple_of: {size}"
-            )
+    """Whether groups of neighbouring columns come out even, in every factor as well."""
     prune = next((s for s in recipe.steps if isinstance(s, PruneNeurons)), None)
-    if (
-        pruned
-        and prune is not None
-        and name.endswith("." + layout.neurons.output)
-        and prune.multiple_of % size
-    ):
-        raise RequestError(
-            f"recipe {recipe.name}: neurons are pruned to multiples of {prune.multiple_of}, and groups of "
-            f"{size} do not divide these; let prune_neurons have multiple_of: {size}"
-        )
+    for what, size in step.column_groups.items():
+        divide = "do" if what.startswith("groups") else "does"
+        if module.shape[1] % size:
+            way = "take a divisor, or granularity: channel" if divide == "do" else "take another pattern"
+            raise RequestError(
+                f"recipe {recipe.name}: {what} {divide} not divide the {module.shape[1]} inputs of {name}; "
+                f"{way}"
+            )
+        for earlier in (recipe.steps[i] for i in module.steps):
+            fault = _uneven_ranks(earlier, size)
+            if fault is not None:
+                ranks, way = fault
+                raise RequestError(
+                    f"recipe {recipe.name}: ranks are {ranks}, and {what} {divide} not divide these; {way}"
+                )
+        if (
+            pruned
+            and prune is not None
+            and name.endswith("." + layout.neurons.output)
+            and prune.multiple_of % size
+        ):
+            raise RequestError(
+                f"recipe {recipe.name}: neurons are pruned to multiples of {prune.multiple_of}, and {what} "
+                f"{divide} not divide these; let prune_neurons have multiple_of: {size}"
+            )
+
+
+def _uneven_ranks(step: Step, size: int) -> tuple[str, str] | None:
+    """The ranks that a step gives and a way out, where groups of `size` do not divide them."""
+    if isinstance(step, Svd) and step.multiple_of % size:
+        return f"multiples of {step.multiple_of}", f"let svd have multiple_of: {size}"
+    if isinstance(step, Correct) and step.rank % size:
+        return str(step.rank), f"let correct have a rank of whole groups: {size}"
+    if isinstance(step, SparseLowRank):
+        return "whatever the budget leaves", "take granularity: channel, or the bits of sparse_low_rank"
+    return None
 
 
 def _storage_dtype(recipe: Recipe, source: ModelSource) -> torch.dtype:
     if recipe.dtype != "auto":
         return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[recipe.dtype]
     return source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _predict(
-    recipe: Recipe,
-    source: ModelSource,
-    modules: Mapping[str, ModulePlan],
-    neurons: int | None,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Bytes of the weights, from shapes alone; what data decide is taken at its upper bound."""
-    layout = source.layout
-    total, exact = 0, True
-    for name, module in modules.items():
-        shape = module.shape
-        if neurons is not None and name not in (layout.embedding, layout.head):
-            shape, sure = _pruned(shape, name, recipe.steps[neurons], layout)
-            exact &= sure
-        bits, sure = _module_bits(recipe, module, shape, dtype)
-        total += bits // 8
-        exact &= sure
-    state = source.skeleton.state_dict(keep_vars=True)
-    rest = [name for name in source.names if name.removesuffix(".weight") not in modules]
-    for name in rest:  # vectors in the type of the source, tables such as learned positions in `dtype`
-        kept = dtype if state[name].dim() > 1 else source.dtype
-        total += state[name].numel() * kept.itemsize
-    if any(isinstance(step, Recover) and step.keep == "term" for step in recipe.steps):
-        exact = False
-    return {"bytes": total, "exact": exact}
-
-
-def _pruned(shape: tuple[int, int], name: str, step: Any, layout: Layout) -> tuple[tuple[int, int], bool]:
-    rows = any(name.endswith("." + linear) for linear in layout.neurons.inputs)
-    columns = name.endswith("." + layout.neurons.output)
-    if step.allocation == "activation":
-        return shape, not (rows or columns)
-    if rows:
-        return (aligned_width(shape[0], step.ratio, step.multiple_of), shape[1]), step.allocation == "uniform"
-    if columns:
-        return (shape[0], aligned_width(shape[1], step.ratio, step.multiple_of)), step.allocation == "uniform"
-    return shape, True
-
-
-def _module_bits(
-    recipe: Recipe, module: ModulePlan, shape: tuple[int, int], dtype: torch.dtype
-) -> tuple[int, bool]:
-    leaves, exact = [shape], True
-    bits = 8 * dtype.itemsize
-    scales = 0
-    for index in module.steps:
-        step = recipe.steps[index]
-        if isinstance(step, Svd):
-            if step.ratio is not None:
-                rank = int(step.ratio * shape[0] * shape[1] / (shape[0] + shape[1]))
-                leaves = [(shape[0], rank), (rank, shape[1])]
-            exact &= step.ratio is not None
-        if isinstance(step, Quantize):
-            bits = step.bits
-            granularity = module.granularity.get(index, step.granularity)
-            each = 16 if step.symmetric else 16 + step.bits
-            scales = sum(_scales(granularity, leaf) * each for leaf in leaves)
-    return sum(m * n for m, n in leaves) * bits + scales, exact
-
-
-def _scales(granularity: str, shape: tuple[int, int]) -> int:
-    kind, size = parse_granularity(granularity)
-    if kind == "tensor":
-        return 1
-    return shape[0] * (shape[1] // size if size else 1)
