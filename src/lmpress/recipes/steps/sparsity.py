@@ -41,6 +41,13 @@ class _Sparse(LeafStep):
     symmetric: bool = True
     clip: bool = True
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern_is_text(cls, value: object) -> object:
+        if isinstance(value, int):  # YAML reads 2:4 as 2 * 60 + 4
+            raise ValueError('a pattern is text: write it in quotes, such as "2:4"')
+        return value
+
     @field_validator("pattern")
     @classmethod
     def _pattern_is_known(cls, value: str) -> str:
