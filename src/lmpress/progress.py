@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
@@ -11,17 +12,18 @@ from rich.progress import TimeRemainingColumn as Remaining
 
 T = TypeVar("T")
 
+MINUTE = 60.0
+"""Seconds between two lines of progress where no terminal shows a bar."""
+
 console = Console(stderr=True)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items`, with a bar on standard error when it is a terminal, else one line at the start."""
+    """Yield `items`, with a bar on standard error when it is a terminal, else a line now and then."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     if not console.is_terminal:
-        if description:
-            console.print(f"{description} ({total})" if total is not None else description, highlight=False)
-        yield from items
+        yield from _told(items, description, total)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -35,6 +37,18 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         for item in items:
             yield item
             progress.advance(task)
+
+
+def _told(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    """Yield `items`; a line at the start, and one a minute."""
+    of = "" if total is None else f"/{total}"
+    console.print(f"{description} (0{of})", highlight=False, soft_wrap=True)
+    last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - last >= MINUTE:
+            last = time.monotonic()
+            console.print(f"{description} ({done}{of})", highlight=False, soft_wrap=True)
 
 
 def note(message: str) -> None:

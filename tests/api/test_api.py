@@ -26,3 +26,12 @@ def test_a_refused_resume_leaves_the_other_run_alone(
     with pytest.raises(RequestError, match="another model, recipe"):
         lmpress.compress(tiny("llama"), "int8", tmp_path / "out", resume=True)
     assert journal.read_bytes() == before
+
+
+@pytest.mark.parametrize("model", ["llama", "compressed"])
+def test_a_type_that_does_not_exist(
+    model: str, tiny: Callable[[str], Path], compressed: Callable[[str], Path]
+) -> None:
+    path = tiny("llama") if model == "llama" else compressed("llama")
+    with pytest.raises(RequestError, match="'nn' is no floating-point type; known: float16"):
+        lmpress.evaluate(path, text="python-docs", dtype="nn")

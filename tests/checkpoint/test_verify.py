@@ -89,6 +89,31 @@ def test_a_manifest_that_is_gone_or_broken(copy: Path) -> None:
         lmpress.load(copy)
 
 
+@pytest.mark.parametrize("value", ["2", None, [1]])
+def test_a_version_that_is_no_number(copy: Path, value: object) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["version"] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match="version"):
+        lmpress.load(copy)
+
+
+def test_a_plan_that_was_emptied(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["plan"] = {}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match="does not tell what"):
+        lmpress.load(copy)
+
+
+@pytest.mark.parametrize(("key", "value"), [("files", [1]), ("modules", None), ("sizes", 3)])
+def test_a_manifest_with_a_wrong_part(copy: Path, key: str, value: object) -> None:
+    manifest = json.loads((copy / "lmpress.json").read_text())
+    (copy / "lmpress.json").write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(RequestError, match=key):
+        lmpress.load(copy)
+
+
 def test_no_directory(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no checkpoint"):
         lmpress.load(tmp_path / "nowhere")

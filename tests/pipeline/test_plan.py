@@ -24,6 +24,8 @@ def one(step: dict[str, Any]) -> dict[str, Any]:
         {"quantize": {"bits": 3, "granularity": "group:32"}},
         {"quantize": {"bits": 5, "symmetric": False, "granularity": "channel"}},
         {"svd": {"ratio": 0.6}},
+        {"svd": {"ratio": 0.9, "multiple_of": 8}},
+        {"quantize": {"bits": 3, "granularity": "channel"}},
         {"prune_neurons": {"allocation": "uniform", "ratio": 0.25, "multiple_of": 8}},
         {"svd": {"ratio": 0.7, "method": "asvd", "multiple_of": 4}},
         {"sparsify": {"sparsity": 0.3}},
@@ -82,9 +84,9 @@ def test_steps_that_cannot_follow_are_found_by_module(tiny: Callable[[str], Path
 
     sparse, down = {"sparsify": {"sparsity": 0.5, "targets": "mlp"}}, "*.mlp.down_proj"
     assert plan(sparse, {"quantize": {"targets": "attention"}})["modules"]
-    with pytest.raises(RequestError, match=r"step 2 \(quantize\).*solver: gptq.*mlp.down_proj"):
+    with pytest.raises(RequestError, match=r"step 2 \(quantize\).*mlp.down_proj: .*solver: gptq"):
         plan(sparse, {"quantize": {"targets": down}})
-    with pytest.raises(RequestError, match=r"quantized once \(model.layers.0.mlp.down_proj\)"):
+    with pytest.raises(RequestError, match=r"model.layers.0.mlp.down_proj, which step 1 quantizes"):
         plan({"quantize": {}}, {"quantize": {"targets": down}})
     with pytest.raises(RequestError, match="there is none for these modules"):
         plan({"quantize": {"targets": down}}, {"correct": {"targets": "mlp"}})
@@ -154,3 +156,21 @@ def test_hybrids(rule: str, per_tensor: set[str], tiny: Callable[[str], Path]) -
         if module["steps"][0]["quantize"]["granularity"] == "tensor"
     }
     assert found == per_tensor
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([{"quantize": {}}, {"quantize": {"targets": "attention"}}], r"step 2.*q_proj.*step 1 quantizes"),
+        (
+            [{"quantize": {"targets": "attention"}}, {"svd": {"targets": "*.q_proj", "ratio": 0.5}}],
+            r"step 2 \(svd\).*q_proj.*step 1 quantizes",
+        ),
+        ([{"svd": {"targets": "*", "ratio": 0.5}}], r"embed_tokens.*not on embeddings"),
+    ],
+)
+def test_steps_that_cannot_follow_each_other(
+    steps: list[Any], message: str, tiny: Callable[[str], Path]
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        lmpress.plan(tiny("llama"), {"steps": steps})

@@ -222,6 +222,42 @@ def test_old_and_new_weights_never_load_together(
     assert digest(output) == digest(tmp_path / "fresh")
 
 
+def test_force_does_not_overwrite_foreign_weights(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    lmpress.compress(tiny("llama"), "int8", output)
+    (output / "theirs.safetensors").write_bytes(b"precious")
+    before = digest(output)
+    with pytest.raises(RequestError, match=r"did not write \(theirs\.safetensors\)"):
+        lmpress.compress(tiny("llama"), "int8", output, force=True)
+    assert digest(output) == before
+
+
+def test_force_after_a_cut_publication_keeps_one_whole_checkpoint(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    lmpress.compress(tiny("llama-untied"), "int8", tmp_path / "whole")
+    original, count = os.replace, 0
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal count
+        if Path(target).parent == output:
+            count += 1
+            if count > 3:
+                raise KeyboardInterrupt
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        lmpress.compress(tiny("llama-untied"), "int8", output)
+    monkeypatch.undo()
+    monkeypatch.setattr(Run, "execute", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lmpress.compress(tiny("llama"), "int8", output, force=True)
+    shutil.rmtree(output / WORK)
+    assert digest(output) == digest(tmp_path / "whole")
+
+
 def test_force_replaces_an_earlier_checkpoint_whole(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     lmpress.compress(tiny("llama-untied"), "int8", tmp_path / "out")
     lmpress.compress(tiny("llama"), "int8", tmp_path / "out", force=True)

@@ -58,7 +58,6 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str) -> None:
             ["prune_neurons comes before"],
         ),
         ({"steps": [{"quantize": {}}, {"svd": {"ratio": 0.5}}]}, ["svd comes before quantize"]),
-        ({"steps": [{"quantize": {}}, {"quantize": {}}]}, ["quantized once"]),
         ({"steps": [{"svd": {"method": "asvd", "max_error": 0.1}}]}, ["asvd", "ratio"]),
         ({"steps": [{"svd": {"method": "svd_llm", "ratio": 0.5, "whiten": False}}]}, ["method: svd"]),
         ({"steps": [{"sparsify": {}}]}, ["sparsify", "sparsity", "2:4"]),
@@ -98,10 +97,6 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str) -> None:
         (
             {"steps": [{"sparsify": {"sparsity": 0.5, "bits": 4}}, {"quantize": {"solver": "gptq"}}]},
             ["quantized these modules already"],
-        ),
-        (
-            {"steps": [{"quantize": {}}, {"correct": {"bits": 8}}, {"quantize": {"targets": "attention"}}]},
-            ["quantized once"],
         ),
         ({"steps": [{"quantize": {}}, {"sparsify": {"sparsity": 0.5}}]}, ["sparsify comes before quantize"]),
         ({"steps": [{"sparsify": {"sparsity": 0.5}}] * 2}, ["made sparse once"]),

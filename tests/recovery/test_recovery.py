@@ -134,6 +134,42 @@ def test_a_step_that_harms_is_not_kept(tiny: Callable[[str], Path], text_file: P
             assert torch.equal(one, two)
 
 
+def test_text_that_recovery_saw_is_refused(
+    tiny: Callable[[str], Path], text_file: Path, other_text: Path, tmp_path: Path
+) -> None:
+    result = lmpress.compress(tiny("llama"), recipe("merge"), tmp_path / "out", calibration=str(text_file))
+    changed = tmp_path / "changed.txt"
+    changed.write_text("x " + text_file.read_text())
+    with pytest.raises(RequestError, match="recovery"):
+        lmpress.evaluate(result.directory, text=str(changed), window=64)
+    backwards = tmp_path / "backwards.txt"  # bytes are tokens here: 13 letters of English recur
+    backwards.write_text(other_text.read_text()[::-1])
+    assert lmpress.evaluate(result.directory, text=str(backwards), window=64).texts[0].score.tokens
+    (result.directory / "calibration.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"calibration\.safetensors is missing"):
+        lmpress.evaluate(result.directory, text=str(backwards), window=64)
+
+
+def test_recovery_stores_in_the_type_that_the_recipe_names(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    wide = recipe("merge") | {"dtype": "float32"}
+    wide["steps"][1]["quantize"]["targets"] = "attention"
+    result = lmpress.compress(tiny("llama"), wide, tmp_path / "out", calibration=str(text_file))
+    state = result.load().state_dict()
+    assert state["model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
+    stored = load_file(result.directory / "model-00002-of-00003.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
+
+
+def test_recovery_of_windows_that_the_model_wrote(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    plain = {
+        "calibration": {"samples": 4, "seq_len": 32},
+        "steps": [{"quantize": {"bits": 8}}, {"recover": {"steps": 2, "seq_len": 32}}],
+    }
+    assert lmpress.compress(tiny("llama"), plain, tmp_path / "out").manifest["recovery"]["history"]
+
+
 def test_recovery_needs_text(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too short")

@@ -4,13 +4,14 @@ from lmpress.api.comparison import Comparison, Row, compare
 from lmpress.api.compression import Compressed, compress, plan
 from lmpress.api.demonstration import Demo, demo
 from lmpress.api.loading import continuation, generate, load, load_any
-from lmpress.api.measuring import evaluate, evaluate_many, inspect, write_card
+from lmpress.api.measuring import check_card, evaluate, evaluate_many, inspect, write_card
 
 __all__ = [
     "Comparison",
     "Compressed",
     "Demo",
     "Row",
+    "check_card",
     "compare",
     "compress",
     "continuation",

@@ -10,11 +10,19 @@ from typing import Any
 
 from lmpress.api.loading import device_of, load
 from lmpress.checkpoint import MANIFEST, read_json
-from lmpress.errors import LmpressError
+from lmpress.errors import LmpressError, RequestError
 from lmpress.evaluation import disk_bytes, peak_resident_set
-from lmpress.pipeline import Run, RunOptions, discard, make_plan, open_source, publish, remove_stale
+from lmpress.pipeline import (
+    Run,
+    RunOptions,
+    discard,
+    finish_publication,
+    make_plan,
+    open_source,
+    written_files,
+)
 from lmpress.recipes import Recipe, Recover, load_recipe
-from lmpress.recovery import recover_checkpoint
+from lmpress.recovery import check_recovery_text, recover_checkpoint
 
 RECOVERED = "recovered"
 """Below the work directory: the checkpoint after training, until it is published."""
@@ -92,8 +100,9 @@ def compress(
     if run.prepare():  # a refusal leaves what it found as it was
         try:
             _execute(run)
-        except LmpressError:
-            if not run.journal.blocks():  # nothing that a resumed run could go on from
+        except LmpressError as error:
+            # nothing that a resumed run could go on from, or a fault that it would meet again
+            if not run.journal.blocks() or (isinstance(error, RequestError) and not resume):
                 run.abandon(fresh)
             raise
     manifest = read_json(target / MANIFEST)
@@ -102,32 +111,29 @@ def compress(
 
 def _execute(run: Run) -> None:
     """Compress, recover, publish; each part is skipped where a resumed run has it behind itself."""
-    output, work = run.output, run.work
-    marker = run.journal.find("publishing")
-    if marker is None:
+    step = next((s for s in run.recipe.steps if isinstance(s, Recover)), None)
+    if run.journal.find("publishing") is None:
+        if step is not None:
+            check_recovery_text(run.source, step, run.options.calibration)
         manifest = run.execute()
         staged = run.staging
-        step = next((s for s in run.recipe.steps if isinstance(s, Recover)), None)
         if step is not None:
-            recovered = work / RECOVERED
-            discard(recovered)
-            manifest = recover_checkpoint(
+            staged = run.work / RECOVERED
+            discard(staged)
+            recover_checkpoint(
                 run.source,
+                run.staging,
                 staged,
-                recovered,
                 manifest,
                 step,
                 run.options.calibration,
                 run.recipe.seed,
+                run.plan.dtype,
                 run.options.device,
             )
-            staged = recovered
-        run.journal.append({"publishing": staged.name, "files": sorted(p.name for p in staged.iterdir())})
-        marker = run.journal.find("publishing")
-    assert marker is not None
-    publish(work / str(marker["publishing"]), output)
-    remove_stale(output, set(marker["files"]))
-    discard(work)
+        new = {path.name for path in staged.iterdir()}
+        run.journal.append({"publishing": staged.name, "stale": sorted(written_files(run.output) - new)})
+    finish_publication(run.output)
 
 
 def plan(model: str | Path, recipe: str | Path | Recipe | Mapping[str, Any]) -> dict[str, Any]:

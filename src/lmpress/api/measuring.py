@@ -141,17 +141,27 @@ def _evaluation_text(
 
 
 def _refuse_seen(checkpoint: Path, corpora: Sequence[Corpus], texts: Sequence[EvaluationText]) -> None:
-    manifest = read_json(checkpoint / MANIFEST)
-    record = manifest.get("calibration") or []
-    seen = {}
-    if record and (checkpoint / CALIBRATION).is_file():
-        seen[str(record[0]["name"])] = load_file(checkpoint / CALIBRATION)["input_ids"].long()
+    record = read_json(checkpoint / MANIFEST).get("calibration") or []
+    if not record:
+        return
+    if not (checkpoint / CALIBRATION).is_file():
+        raise RequestError(
+            f"{checkpoint / CALIBRATION} is missing: without it, text that was seen cannot be refused"
+        )
+    ids = load_file(checkpoint / CALIBRATION)
+    keys = {str(entry["name"]): _ids_key(str(entry["name"])) for entry in record}
+    seen = {name: ids[key].long() for name, key in keys.items() if key in ids}
     spread = [entry | {"sha256": sha} for entry in record for sha in str(entry.get("sha256")).split(", ")]
     for corpus, text in zip(corpora, texts, strict=True):
         shared = refuse_seen_text(spread, corpus, text.windows, seen)
         found = max(shared.values(), default=0)
         if found:
             note(f"{found} 13-grams of {corpus.name} are in the text that {checkpoint} was made with")
+
+
+def _ids_key(name: str) -> str:
+    """The tensor that holds the token ids of a text, by the name in its record."""
+    return "recovery_ids" if name.endswith("(recovery)") else "input_ids"
 
 
 def inspect(directory: str | Path) -> tuple[dict[str, Any], list[ModuleRow]]:
@@ -177,9 +187,14 @@ def inspect(directory: str | Path) -> tuple[dict[str, Any], list[ModuleRow]]:
     return told | {"unchanged": unchanged, "modules": manifest["modules"]}, rows
 
 
-def write_card(directory: Path, evaluation: Mapping[str, Any]) -> None:
-    """Write what was measured into a checkpoint's model card."""
+def check_card(directory: Path) -> None:
+    """RequestError where there is no model card to write into."""
     if not is_compressed(directory):
         raise RequestError(f"{directory} is no checkpoint that lmpress wrote: it has no card to write into")
+
+
+def write_card(directory: Path, evaluation: Mapping[str, Any]) -> None:
+    """Write what was measured into a checkpoint's model card."""
+    check_card(directory)
     card = model_card(read_json(directory / MANIFEST), evaluation)
     write_bytes(directory / "README.md", card.encode())

@@ -16,7 +16,7 @@ from lmpress.checkpoint.files import (
 )
 from lmpress.checkpoint.plugin import FORMAT_VERSION, METHOD, LmpressConfig, LmpressQuantizer, register
 from lmpress.checkpoint.swap import cast_floats, densify, forms_of, put_forms, tie_head
-from lmpress.checkpoint.verify import is_compressed, plan_of, stored_names, verify_checkpoint
+from lmpress.checkpoint.verify import is_compressed, plan_of, read_manifest, stored_names, verify_checkpoint
 
 __all__ = [
     "FORMAT_VERSION",
@@ -35,6 +35,7 @@ __all__ = [
     "put_forms",
     "read_header",
     "read_json",
+    "read_manifest",
     "register",
     "sha256_file",
     "shard_paths",

@@ -55,6 +55,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     )
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(temporary, 0o666 & ~mask)  # as any other file; safetensors makes it private
     os.replace(temporary, path)
     sync_directory(path.parent)
 

@@ -40,6 +40,16 @@ def stored_names(form: Form) -> dict[str, str]:
     return {name: "weight" if i == 0 else name for i, name in enumerate(names)}
 
 
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. RequestError where it is missing or lacks a part."""
+    manifest = read_json(directory / MANIFEST)
+    parts = {"files": dict, "modules": dict, "sizes": dict, "recipe": dict, "calibration": list}
+    for key, kind in parts.items():
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
+            raise RequestError(f"{directory / MANIFEST} is no manifest that lmpress wrote (it lacks {key!r})")
+    return dict(manifest)
+
+
 def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
     """Check a checkpoint before anything is built from it.
 
@@ -55,11 +65,11 @@ def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
     """
     shards = shard_paths(directory)
     headers = {shard.name: read_header(shard) for shard in shards}
-    manifest = read_json(directory / MANIFEST)
-    files = manifest.get("files", {}) if isinstance(manifest, dict) else {}
+    manifest = read_manifest(directory)
+    files = manifest["files"]
     for shard in shards:
         known = files.get(shard.name)
-        if known is None:
+        if not isinstance(known, dict) or not {"bytes", "sha256"} <= known.keys():
             raise RequestError(
                 f"{directory / MANIFEST} does not know {shard.name}: the checkpoint was changed"
             )
@@ -69,12 +79,20 @@ def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
             )
         if full and sha256_file(shard) != known["sha256"]:
             raise RequestError(f"{shard} is not what was written (its sha256 differs); fetch it again")
+    version = read_json(directory / "config.json")["quantization_config"].get("version")
+    if not isinstance(version, int):
+        raise RequestError(f"{directory / 'config.json'}: a format version is a number, not {version!r}")
     _check_plan(directory, {k: v for header in headers.values() for k, v in header.items()})
-    return dict(manifest)
+    return manifest
 
 
 def _check_plan(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
-    for module, form in plan_of(directory).items():
+    forms = plan_of(directory)
+    for name, header in tensors.items():
+        module = name.rpartition(".")[0]
+        if module not in forms and header["dtype"] not in ("F64", "F32", "F16", "BF16"):
+            raise RequestError(f"{directory / 'config.json'}: its plan does not tell what {name} is")
+    for module, form in forms.items():
         expected = form.tensors()
         for name, stored in stored_names(form).items():
             entry = tensors.get(f"{module}.{stored}")

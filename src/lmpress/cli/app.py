@@ -56,12 +56,12 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the work failed, 2 the request was wrong."""
     json_mode = "--json" in sys.argv
     try:
-        app()
+        app(standalone_mode=False)
     except LmpressError as error:
         if _State.traceback:
             raise
         fail(str(error), error.exit_code, json_mode)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         fail("interrupted; compress goes on with --resume where it stopped", 130, json_mode)
     except BrokenPipeError:
         sys.exit(1)
@@ -71,6 +71,8 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}", 1, json_mode)
     except Exception as error:
+        if hasattr(error, "format_message"):  # what typer says of words that it cannot parse
+            fail(f"{error.format_message()} (lmpress --help, or lmpress VERB --help)", 2, json_mode)
         if _State.traceback:
             raise
         told = (str(error).strip().splitlines() or [""])[0]

@@ -35,6 +35,8 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure MODEL on text that it has not seen."""
+    if card:
+        api.check_card(Path(model))
     result = api.evaluate(
         model,
         text=text or ["python-docs"],

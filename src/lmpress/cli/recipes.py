@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +51,7 @@ def show(
         print_json(recipe.resolved())
         return
     text = shipped_text(name) if name in shipped_recipes() else Path(name).read_text(encoding="utf-8")
-    stdout.print(text, highlight=False, markup=False, end="")
+    sys.stdout.write(text)
 
 
 @app.command()

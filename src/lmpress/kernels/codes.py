@@ -37,13 +37,16 @@ def values(form: Quantized, zero: Tensor | None, start: int, stop: int, dtype: t
     Scaled where a row has a scale a group; `codes - zero`, exact, where a row has one scale.
     """
     rows, columns = stop - start, form.columns
+    groups = form.scale.shape[1]
+    if groups > 1 and dtype == torch.bfloat16:  # scaling in float32 is faster, and rounds only once
+        wide = values(form, zero, start, stop, torch.float32)
+        return scratch("rounded", (rows, columns), dtype).copy_(wide)
     out = scratch("values", (rows, columns), dtype)
     if zero is not None and form.bits == 8:  # 9 signed bits: not for int8
         part = zero if zero.shape[0] == 1 else zero[start:stop]
         out.copy_(form.packed[start:stop]).view(rows, part.shape[1], -1).sub_(part[:, :, None].to(dtype))
     else:
         out.copy_(centered_codes(form, zero, start, stop))
-    groups = form.scale.shape[1]
     if groups > 1:
         out.view(rows, groups, -1).mul_(form.scale[start:stop, :, None].to(dtype))
     return out

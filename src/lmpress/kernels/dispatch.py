@@ -22,11 +22,11 @@ TABLE: dict[tuple[str, str, torch.dtype], Leaf] = {
     # one scale a row, or one in all
     ("cpu", "row scales", torch.float32): integer.run,
     ("cpu", "row scales", torch.bfloat16): floating.run_bfloat16,
-    ("cpu", "row scales", torch.float16): floating.run_float16,
+    ("cpu", "row scales", torch.float16): floating.run_wide,
     # a scale a group of columns
     ("cpu", "group scales", torch.float32): floating.run_quantized,
-    ("cpu", "group scales", torch.bfloat16): floating.run_quantized,
-    ("cpu", "group scales", torch.float16): floating.run_float16,
+    ("cpu", "group scales", torch.bfloat16): floating.run_bfloat16_groups,
+    ("cpu", "group scales", torch.float16): floating.run_wide,
 }
 
 

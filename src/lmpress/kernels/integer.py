@@ -57,28 +57,39 @@ def run(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
         or not has_exact_int8()
     ):
         return floating.run_quantized(form, x)
+    zero = form.zero()
+    plain = form.packed.dtype == torch.int8 or fitting(columns, rows) == rows
+    codes = centered_codes(form, zero, 0, rows) if plain else None  # unpacked once for all activations
     if m == 1:
-        return _run_part(form, x)
+        return _run_part(form, x, codes, zero)
     y = torch.empty(m, rows)
     step = min(PART, fitting(columns * x.itemsize, m))
     for start in range(0, m, step):
-        _run_part(form, x[start : start + step], y[start : start + step])
+        _run_part(form, x[start : start + step], codes, zero, y[start : start + step])
     return y
 
 
-def _run_part(form: Quantized, x: Tensor, out: Tensor | None = None) -> Tensor:  # (m, in) -> (m, out)
-    """`x @ dense().T` for at most PART activations, the weight in parts that fit into the scratch buffers."""
-    (rows, columns), m, zero = form.shape, x.shape[0], form.zero()
+def _run_part(
+    form: Quantized, x: Tensor, codes: Tensor | None, zero: Tensor | None, out: Tensor | None = None
+) -> Tensor:  # (m, in) -> (m, out)
+    """`x @ dense().T` for at most PART activations.
+
+    Args:
+        codes: int8 (out, in), or None to unpack them in parts that fit into a scratch buffer.
+        zero: `form.zero()`.
+        out: where to write.
+    """
+    (rows, columns), m = form.shape, x.shape[0]
     digits, unit = split(x)
-    width = 16 * m if form.packed.dtype == torch.int8 else max(16 * m, columns)
-    step = fitting(width, rows)
-    if step == rows:
-        y = _product(digits, unit, centered_codes(form, zero, 0, rows))
+    step = fitting(max(16 * m, columns) if codes is None else 16 * m, rows)
+    if codes is not None and step == rows:
+        y = _product(digits, unit, codes)
     else:
         y = torch.empty(m, rows)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            y[:, start:stop] = _product(digits, unit, centered_codes(form, zero, start, stop))
+            part = centered_codes(form, zero, start, stop) if codes is None else codes[start:stop]
+            y[:, start:stop] = _product(digits, unit, part)
     scaled: Tensor = torch.mul(y, form.scale.T.to(x.dtype), out=out)
     return scaled
 

@@ -1,11 +1,11 @@
 """Recipe + model -> plan; the block stream; the journal that survives a crash."""
 
-from lmpress.pipeline.assemble import CALIBRATION, assemble, discard, publish, remove_stale
-from lmpress.pipeline.calibration import CalibrationText, calibration_text, load_dense
+from lmpress.pipeline.assemble import CALIBRATION, assemble, discard, written_files
+from lmpress.pipeline.calibration import CalibrationText, calibration_text, load_dense, small_ids
 from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.prediction import ModulePlan
-from lmpress.pipeline.run import Run, RunOptions, sizes
+from lmpress.pipeline.run import Run, RunOptions, finish_publication, sizes
 from lmpress.pipeline.source import GgufSource, ModelSource, SafetensorsSource, open_source
 from lmpress.pipeline.stream import BlockStream, Gathered
 
@@ -26,10 +26,11 @@ __all__ = [
     "assemble",
     "calibration_text",
     "discard",
+    "finish_publication",
     "load_dense",
     "make_plan",
     "open_source",
-    "publish",
-    "remove_stale",
     "sizes",
+    "small_ids",
+    "written_files",
 ]

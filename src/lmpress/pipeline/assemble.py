@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lmpress.checkpoint import (
     MANIFEST,
     METHOD,
     read_header,
+    read_json,
     sha256_file,
     sync_directory,
     write_bytes,
@@ -89,14 +91,19 @@ def publish(staging: Path, output: Path) -> None:
     sync_directory(output)
 
 
-def remove_stale(output: Path, keep: set[str]) -> None:
-    """Remove weight files that the checkpoint in `output` does not name."""
-    for path in output.glob("*.safetensors"):
-        if path.name not in keep:
-            path.unlink()
-    single = output / "model.safetensors.index.json"
-    if INDEX not in keep and single.is_file():
-        single.unlink()
+def written_files(output: Path) -> set[str]:
+    """The files of the checkpoint in `output`, as its manifest names them; empty where there is none."""
+    path = output / MANIFEST
+    manifest = read_json(path) if path.is_file() else {}
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    return {str(name) for name in files} if isinstance(files, dict) else set()
+
+
+def remove_stale(output: Path, names: Iterable[str]) -> None:
+    """Remove the weight files of an earlier checkpoint that the new one does not have."""
+    for name in names:
+        if name == os.path.basename(name) and name.endswith(".safetensors"):
+            (output / name).unlink(missing_ok=True)
 
 
 def discard(work: Path) -> None:

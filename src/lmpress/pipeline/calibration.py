@@ -67,6 +67,11 @@ def calibration_text(
     return CalibrationText(windows, record | {"tokens": windows.numel(), "ids_sha256": fingerprint(windows)})
 
 
+def small_ids(windows: Tensor) -> Tensor:
+    """Token ids in the smallest type that holds them, for the checkpoint."""
+    return windows.to(torch.uint16 if int(windows.max()) < 1 << 16 else torch.int32)
+
+
 def load_dense(source: ModelSource, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The whole dense model in memory: only for what cannot be streamed, such as writing text."""
     model = skeleton(source.config, dtype)

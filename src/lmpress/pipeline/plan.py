@@ -20,6 +20,7 @@ from lmpress.recipes import (
     PruneNeurons,
     Quantize,
     Recipe,
+    Recover,
     SparseLowRank,
     Step,
     Svd,
@@ -35,7 +36,7 @@ class Plan:
     Attributes:
         modules: by full name, linears of the blocks as well as the embedding and an untied head.
         neurons: index of the step that prunes neurons, or None.
-        predicted: `bytes` of the weights after compression; whether that is `exact`, or an upper bound.
+        predicted: `bytes` of the weights after compression; whether that is `exact`, or an estimate.
     """
 
     model: str
@@ -49,6 +50,11 @@ class Plan:
     def needs_text(self) -> bool:
         """Whether any step looks at calibration text (recovery aside)."""
         return any(step.needs_statistics for step in self.recipe.steps)
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the compressed model is trained at the end."""
+        return any(isinstance(step, Recover) for step in self.recipe.steps)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON."""
@@ -145,14 +151,17 @@ def _hybrid(step: Step, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]
 
 
 def _check_order(recipe: Recipe, index: int, name: str, module: ModulePlan, layout: Layout) -> None:
-    """Whether a step can follow those that touch the same module."""
+    """RequestError where a step cannot follow those that touch the same module before it."""
     step = recipe.steps[index]
-    where = f"recipe {recipe.name}: step {index + 1} ({step.kind})"
+    place = f"recipe {recipe.name}: step {index + 1} ({step.kind}) targets {step.targets!r}, and so {name}"
     if step.blocks_only and name in (layout.embedding, layout.head):
-        raise RequestError(f"{where} works on the linears of the blocks, and its targets match {name}")
+        raise RequestError(f"{place}; {step.kind} works on the linears of the blocks, not on embeddings")
+    earlier = next((i for i in module.steps if isinstance(recipe.steps[i], Quantize)), None)
+    if earlier is not None and isinstance(step, Svd | Quantize):
+        raise RequestError(f"{place}, which step {earlier + 1} quantizes; let their targets not overlap")
     fault = conflict(step, [recipe.steps[i] for i in module.steps])
     if fault is not None:
-        raise RequestError(f"{where}: {fault} ({name})")
+        raise RequestError(f"{place}: {fault}")
 
 
 def _check_groups(

@@ -1,4 +1,4 @@
-"""The bytes to expect, from shapes alone: what data decide is taken at its upper bound."""
+"""The bytes to expect, from shapes alone; an estimate, and not `exact`, where data decide."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def predict(
     neurons: int | None,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Bytes of the weights, from shapes alone; what data decide is taken at its upper bound."""
+    """Bytes of the weights, from shapes alone; an estimate, and not `exact`, where data decide."""
     layout = source.layout
     total, exact = 0, True
     for name, module in modules.items():

@@ -15,7 +15,7 @@ from torch import nn
 from lmpress.checkpoint import MANIFEST, read_header, read_json, sha256_file, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
-from lmpress.pipeline.assemble import CALIBRATION, assemble, discard
+from lmpress.pipeline.assemble import CALIBRATION, assemble, discard, publish, remove_stale, written_files
 from lmpress.pipeline.blocks import (
     Descriptions,
     block_tensors,
@@ -24,7 +24,7 @@ from lmpress.pipeline.blocks import (
     restored_block,
     restored_outer,
 )
-from lmpress.pipeline.calibration import CalibrationText, calibration_text
+from lmpress.pipeline.calibration import CalibrationText, calibration_text, small_ids
 from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.rewriting import rewrite_block, rewrite_outer
@@ -95,6 +95,9 @@ class Run:
             RequestError: the directory is in use, and neither resume nor force was asked for.
         """
         check_output(self.output, self.source, self.options)
+        if self.options.force:
+            finish_publication(self.output)  # what is half in place is made whole before it is replaced
+            check_foreign(self.output)
         fingerprint = self.fingerprint
         if self.options.resume:
             found = self.journal.open()
@@ -128,12 +131,14 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Compress, and stage the checkpoint in the work directory. Returns its manifest."""
-        text = self._text() if self.plan.needs_text else None
+        written = self.options.calibration == "self" and self.plan.recovers
+        text = self._text() if self.plan.needs_text or written else None
         outer = self._outer()
         widths = self._widths(text)
-        stream = self._stream(text)
-        blocks = self.source.layout.num_blocks
         done = {entry["block"]: entry for entry in self.journal.blocks()}
+        streamed = self.plan.needs_text and len(done) < self.source.layout.num_blocks
+        stream = self._stream(text) if streamed else None
+        blocks = self.source.layout.num_blocks
         for i in track(range(blocks), f"Compressing {self.source.name} with {self.recipe.name}"):
             if stream is not None:
                 stream.at_block(i)
@@ -159,8 +164,7 @@ class Run:
             self.recipe.seed,
             self.options.device,
         )
-        small = torch.uint16 if int(text.windows.max()) < 1 << 16 else torch.int32
-        write_tensors(path, {"input_ids": text.windows.to(small)})
+        write_tensors(path, {"input_ids": small_ids(text.windows)})
         self.journal.append({"calibration": text.record})
         return text
 
@@ -191,7 +195,10 @@ class Run:
             part = survey_samples(text.windows.shape[0])
             stream = self._stream(CalibrationText(text.windows[:part], text.record))
             assert stream is not None
-            survey = survey_widths(self.plan, self.source, stream, self._dense)
+            try:
+                survey = survey_widths(self.plan, self.source, stream, self._dense)
+            except ValueError as error:
+                raise LmpressError(f"the survey of the blocks: {error}") from error
             self.journal.append({"survey": survey})
             return list(survey["widths"])
         return list(entry["survey"]["widths"])
@@ -296,6 +303,27 @@ def check_empty(output: Path) -> None:
     """RequestError where `output` holds anything but what an unfinished run left."""
     if output.is_dir() and any(path.name != WORK for path in output.iterdir()):
         raise RequestError(f"{output} is not empty: name another directory, or overwrite it with --force")
+
+
+def finish_publication(output: Path) -> bool:
+    """Complete a publication that was cut short, if there is one. Whether there was."""
+    journal = Journal(output / WORK)
+    marker = journal.find("publishing") if journal.open() is not None else None
+    if marker is None:
+        return False
+    publish(output / WORK / str(marker["publishing"]), output)
+    remove_stale(output, marker["stale"])
+    discard(output / WORK)
+    return True
+
+
+def check_foreign(output: Path) -> None:
+    """RequestError where `output` holds weights that lmpress did not write: they are not overwritten."""
+    foreign = sorted({path.name for path in output.glob("*.safetensors")} - written_files(output))
+    if foreign:
+        raise RequestError(
+            f"{output} holds weights that lmpress did not write ({foreign[0]}): name another directory"
+        )
 
 
 def _finished_fingerprint(output: Path) -> str | None:

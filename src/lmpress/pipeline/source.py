@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lmpress.checkpoint import copy_file, read_header, read_json, shard_paths, write_bytes
 from lmpress.corpora.demo_model import demo_gguf
-from lmpress.errors import LmpressError, RequestError
+from lmpress.errors import RequestError
 from lmpress.families import Layout, layout_of, skeleton
 
 TOKENIZER_FILES = (
@@ -342,6 +342,6 @@ def _tokenizer(directory: Path, gguf: str | None, name: str) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **extra)
     except Exception as error:
         lines = str(error).strip().splitlines()
-        raise LmpressError(
+        raise RequestError(
             f"{name} has no tokenizer that transformers reads: {lines[0] if lines else error!r}"
         ) from None

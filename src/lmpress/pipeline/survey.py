@@ -107,9 +107,9 @@ def survey_widths(
 
 
 def _candidates(width: int, step: PruneNeurons) -> list[int]:
-    """Widths to choose from, aligned, from all of them down to MOST times the even share removed."""
-    lowest = max(step.multiple_of, int(width * (1 - min(0.9, MOST * (step.ratio or 0.0)))))
-    unit = step.multiple_of
+    """Widths to choose from, aligned: from all of them down to MOST times the even share removed."""
+    unit, share = step.multiple_of, step.ratio or 0.0
+    most = max(share, min(0.9, MOST * share))
+    lowest = max(unit, int(width * (1 - most)) // unit * unit)
     stride = max(unit, -(-(width - lowest) // POINTS // unit) * unit)
-    first = width if width % unit == 0 else width // unit * unit
-    return sorted({width, *range(first, max(1, lowest) - 1, -stride)}, reverse=True)
+    return sorted({width, min(lowest, width), *range(width // unit * unit, lowest, -stride)}, reverse=True)

@@ -59,8 +59,8 @@ def conflict(step: Step, earlier: Sequence[Step]) -> str | None:
 
 def _before_quantize(step: Quantize, earlier: Sequence[Step]) -> str | None:
     for s in earlier:
-        if isinstance(s, Quantize):
-            return "a module is quantized once"
+        if isinstance(s, Quantize):  # named by number in the plan, which sees the modules
+            continue
         has_bits = isinstance(s, Sparsify | SparseLowRank | Correct) and s.bits is not None
         if has_bits or (isinstance(s, SparseLowRank) and s.factor_bits is not None):
             return f"{s.kind} with bits has quantized these modules already; leave one of the two out"

@@ -23,7 +23,6 @@ from lmpress.recipes.steps import (
     Recover,
     Step,
     Strict,
-    Svd,
     options_of,
 )
 
@@ -176,7 +175,7 @@ def _check_order(recipe: Recipe, where: str) -> None:
             raise RequestError(f"{place}: recover comes last, after every step that compresses")
         if isinstance(step, PruneNeurons) and any(isinstance(s, PruneNeurons) for s in earlier):
             raise RequestError(f"{place}: neurons are pruned once in a recipe")
-        if step.targets == "embeddings" and (step.blocks_only or isinstance(step, Svd)):
+        if step.targets == "embeddings" and step.blocks_only:
             raise RequestError(f"{place}: {step.kind} works on the linears of the blocks, not on embeddings")
         fault = conflict(step, [s for s in earlier if _overlap(step, s)])
         if fault is not None and not (isinstance(step, NEEDS_ANOTHER) and _by_glob(step, earlier)):

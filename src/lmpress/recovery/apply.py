@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lmpress.checkpoint import copy_file, plan_of, read_json, stored_names, write_tensors
+from lmpress.checkpoint import plan_of, read_json, stored_names, write_tensors
 from lmpress.corpora import calibration_windows, fingerprint, load_corpus
 from lmpress.errors import RequestError
 from lmpress.forms import Dense, Form
 from lmpress.forms.linear import FormHolder
-from lmpress.pipeline import CALIBRATION, ModelSource, assemble, sizes
-from lmpress.recipes import Recover
+from lmpress.pipeline import CALIBRATION, ModelSource, assemble, sizes, small_ids
+from lmpress.recipes import Recover, in_storage
 from lmpress.recovery.lora import train_lora
 from lmpress.recovery.merge import as_term, merged
 
@@ -29,6 +29,7 @@ def recover_checkpoint(
     step: Recover,
     calibration: str,
     seed: int,
+    dtype: torch.dtype,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Train as `step` says, and write the recovered checkpoint into `target`.
@@ -38,6 +39,7 @@ def recover_checkpoint(
         target: an empty directory.
         manifest: of the staged checkpoint.
         calibration: what text to train on, as for calibration; `self` takes the windows that the model wrote.
+        dtype: of the linears that are stored dense.
 
     Returns:
         The manifest of the recovered checkpoint.
@@ -50,13 +52,12 @@ def recover_checkpoint(
     ]
     recovered = train_lora(model, modules, windows, step, seed)
     forms = plan_of(staged)
-    dtype = _dense_dtype(source)
     changed = {
         name: _changed(model.get_submodule(name), forms.get(name), update, step, dtype)
         for name, update in recovered.updates.items()
         if recovered.report["best_step"]
     }
-    plan = _write(staged, target, changed)
+    plan = _write(staged, target, changed, windows)
     manifest = {
         key: value for key, value in manifest.items() if key not in ("environment", "files", "lmpress")
     }
@@ -73,6 +74,21 @@ def recover_checkpoint(
     return assemble(source, target, plan, manifest)
 
 
+def check_recovery_text(source: ModelSource, step: Recover, calibration: str) -> None:
+    """Refuse what training could not work with, before anything is computed.
+
+    Raises:
+        RequestError: windows beyond the model's context; text that gives fewer than two of them.
+    """
+    context = getattr(source.config, "max_position_embeddings", None)
+    if context is not None and step.seq_len > context:
+        raise RequestError(
+            f"recover has windows of {step.seq_len} tokens, the model's context is {context}: lower seq_len"
+        )
+    if calibration != "self":
+        recovery_windows(source, Path(), step, calibration, 0)
+
+
 def recovery_windows(
     source: ModelSource, staged: Path, step: Recover, calibration: str, seed: int
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -83,10 +99,7 @@ def recovery_windows(
     """
     wanted = int(step.steps * step.batch_size / (1 - step.held_out)) + 2
     if calibration == "self":
-        path = staged / CALIBRATION
-        if not path.is_file():
-            raise RequestError("recover needs text: name some with --calibration file:PATH")
-        flat = load_file(path)["input_ids"].long().flatten()
+        flat = load_file(staged / CALIBRATION)["input_ids"].long().flatten()
         windows = flat[: flat.numel() // step.seq_len * step.seq_len].view(-1, step.seq_len)[:wanted]
         record: dict[str, Any] = {
             "name": "self (recovery)",
@@ -120,14 +133,14 @@ def _changed(
     """The module's form with its update, in the types in which it is stored."""
     form: Form | None = module.stored_form if isinstance(module, FormHolder) else None
     if form is None:
-        form = Dense(cast(Tensor, module.weight).detach().to(dtype))
+        form = Dense(in_storage(cast(Tensor, module.weight).detach(), dtype))
     elif stored is not None:
         names = stored.tensors()
         form = form.with_tensors({name: t.to(names[name].dtype) for name, t in form.tensors().items()})
     return as_term(form, *update, dtype) if step.keep == "term" else merged(form, *update)
 
 
-def _write(staged: Path, target: Path, changed: dict[str, Form]) -> dict[str, Any]:
+def _write(staged: Path, target: Path, changed: dict[str, Form], windows: Tensor) -> dict[str, Any]:
     """Copy the shards with the changed forms in the place of the old ones. Returns the new plan."""
     target.mkdir(parents=True, exist_ok=True)
     config = read_json(staged / "config.json")
@@ -143,10 +156,6 @@ def _write(staged: Path, target: Path, changed: dict[str, Form]) -> dict[str, An
             tensors |= {f"{module}.{names[key]}": tensor for key, tensor in form.tensors().items()}
             plan[module] = form.describe()
         write_tensors(target / shard.name, tensors)
-    if (staged / CALIBRATION).is_file():
-        copy_file(staged / CALIBRATION, target / CALIBRATION)
+    seen = load_file(staged / CALIBRATION) if (staged / CALIBRATION).is_file() else {}
+    write_tensors(target / CALIBRATION, {**seen, "recovery_ids": small_ids(windows)})
     return plan
-
-
-def _dense_dtype(source: ModelSource) -> torch.dtype:
-    return source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.float16

@@ -53,7 +53,7 @@ class Svd(LeafStep):
 
     @property
     def blocks_only(self) -> bool:
-        return self.needs_statistics
+        return True
 
     @property
     def needs_hessian(self) -> bool:

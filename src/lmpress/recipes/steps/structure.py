@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lmpress.recipes.steps.base import Positive, Ratio, Step
 
@@ -21,8 +21,8 @@ class PruneNeurons(Step):
     targets: Literal["mlp"] = "mlp"
     allocation: Literal["activation", "uniform", "loss"] = "activation"
     min_ratio: Ratio = 0.0
-    max_ratio: Ratio = 0.05
-    ratio: Ratio | None = None
+    max_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    ratio: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     importance: Literal["output", "activation"] = "output"
     compensate: bool = True
     multiple_of: Positive = 1
