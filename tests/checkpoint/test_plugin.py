@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lmpress
-from lmpress.checkpoint import register
+from lmpress.checkpoint import plan_of, register
+from lmpress.evaluation import linear_bits_per_weight, resident_bytes
 from lmpress.forms import CompressedEmbedding, CompressedLinear
 from tests.tiny import TINY
 
@@ -43,6 +44,55 @@ def test_saving_again_gives_the_same_tensors(
             torch.testing.assert_close(tensor.float(), again[name].float())
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(model), logits(reloaded))
+
+
+SPARSE = {
+    "bitmap": [{"sparsify": {"sparsity": 0.5}}],
+    "ragged-codes": [{"sparsify": {"sparsity": 0.4, "bits": 3, "granularity": "group:32"}}],
+    "zero-points": [{"sparsify": {"pattern": "2:4", "bits": 4, "symmetric": False}}],
+    "eight-bits": [{"sparsify": {"method": "wanda", "sparsity": 0.5}}, {"quantize": {"solver": "gptq"}}],
+    "sum": [{"sparse_low_rank": {"pattern": "2:4", "bits": 4, "factor_bits": 8, "iterations": 10}}],
+    "factors": [{"svd": {"targets": "linears", "ratio": 0.8}}, {"sparsify": {"sparsity": 0.5}}],
+}
+
+
+@pytest.mark.parametrize("case", list(SPARSE))
+def test_sparse_weights_run_filled_and_are_saved_as_they_were(
+    case: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = {"calibration": {"samples": 4, "seq_len": 32}, "steps": SPARSE[case]}
+    lmpress.compress(tiny("llama"), recipe, tmp_path / "out", calibration=str(text_file))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    plan = plan_of(tmp_path / "out")
+    for name in plan:
+        module = model.get_submodule(name)
+        assert "Sparse" in plan[name].formula
+        assert "Sparse" not in module.form.formula
+        assert torch.equal(module.form.dense(), module.stored_form.dense())
+        assert module.stored_form.describe()["form"] == plan[name].describe()["form"]
+    model.to("cpu").save_pretrained(tmp_path / "again")
+    first = {k: v for p in (tmp_path / "out").glob("model*.safetensors") for k, v in load_file(p).items()}
+    again = {k: v for p in (tmp_path / "again").glob("*.safetensors") for k, v in load_file(p).items()}
+    assert first.keys() == again.keys()
+    for key in first:
+        if key.rpartition(".")[0] in plan:
+            assert first[key].dtype == again[key].dtype, key
+        assert torch.equal(first[key].float(), again[key].float()), key
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(logits(model), logits(reloaded))
+
+
+def test_resident_bytes_of_sparse_weights_are_those_of_what_runs(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = {"calibration": {"samples": 4, "seq_len": 32}, "steps": SPARSE["bitmap"]}
+    lmpress.compress(tiny("llama"), recipe, tmp_path / "out", calibration=str(text_file))
+    dense = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    weights = sum(form.shape[0] * form.shape[1] for form in plan_of(tmp_path / "out").values())
+    # the zeros are written out, and the bitmaps stay beside them
+    assert resident_bytes(model) - resident_bytes(dense) == weights / 8
+    assert linear_bits_per_weight(model) == 32 + 1
 
 
 @pytest.mark.parametrize("family", list(TINY))

@@ -11,9 +11,11 @@ from lmpress.forms import (
     CompressedLinear,
     Dense,
     Form,
+    LowRank,
     NofM,
     Quantized,
     Sparse,
+    Sum,
     form_from_description,
 )
 from tests.forms.test_pattern import n_of_m_mask
@@ -147,3 +149,53 @@ def test_what_is_refused() -> None:
         Sparse(Bitmap.from_mask(RAGGED), Dense(torch.zeros(1, 3)))
     with pytest.raises(ValueError, match="scales of shape"):
         Sparse(Bitmap.from_mask(HALF), Dense(torch.zeros(6, 8)), torch.ones(6, 3))
+
+
+NESTED: dict[str, Form] = {
+    "product": LowRank(FORMS["2:4 int4"], Dense(torch.randn(16, 3, generator=GENERATOR))),
+    "sum": Sum((FORMS["ragged int4"], Dense(WEIGHT.half()), FORMS["half"])),
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS.values(), *NESTED.values()], ids=[*FORMS, *NESTED])
+def test_the_stored_form_comes_back_from_the_resident_one(form: Form) -> None:
+    resident = form.resident()
+    assert "Sparse" not in resident.formula
+    torch.testing.assert_close(resident.dense(), form.dense())
+    again = form.without_values().stored(resident)
+    assert again.describe() == form.describe()
+    for name, tensor in form.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor), name
+
+
+def test_kept_zeros_come_back() -> None:
+    form = Sparse.from_dense(WEIGHT * (WEIGHT > 0), RAGGED)
+    again = form.without_values().stored(form.resident())
+    assert again.values.shape == form.values.shape
+    assert torch.equal(again.pattern.mask(), RAGGED)
+
+
+def test_what_could_not_be_read_off_again_stays_sparse() -> None:
+    kept = 2 * (int(RAGGED.sum()) // 2)
+    mask = torch.zeros(96, dtype=torch.bool).index_fill(0, RAGGED.flatten().nonzero()[:kept, 0], True)
+    scale = torch.rand(1, 2, generator=GENERATOR)
+    values = Quantized.from_codes(codes(1, kept), scale, None, 4)  # groups of survivors, not of columns
+    form = Sparse(Bitmap.from_mask(mask.view(6, 16)), values)
+    assert form.resident() is form
+    assert Dense(WEIGHT).resident().formula == "fp32"
+
+
+def test_a_module_runs_the_resident_form_and_remembers_the_stored_one() -> None:
+    form = FORMS["half"]
+    module = CompressedLinear(form)
+    module.hold_resident()
+    x = torch.randn(3, 16, generator=GENERATOR)
+    torch.testing.assert_close(module.float()(x), x @ form.dense().T)
+    assert [tuple(t.shape) for t in module.form_tensors().values()] == [(6, 16)]
+    assert sum(t.numel() for t in module.kept_beside()) == form.tensors()["pattern"].numel()
+    stored = module.stored_form.tensors()
+    assert torch.equal(stored["pattern"], form.tensors()["pattern"])
+    assert torch.equal(stored["values_weight"].half(), form.tensors()["values_weight"])
+    module.hold(Dense(WEIGHT))  # another form altogether
+    assert module.stored_form is module.form
+    assert module.kept_beside() == []

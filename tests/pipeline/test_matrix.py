@@ -24,6 +24,20 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "gptq4": [{"quantize": {"bits": 4, "granularity": "group:32", "solver": "gptq"}}],
     "svd-gptq8": [{"svd": {"targets": "attention", "ratio": 0.7}}, {"quantize": {"solver": "gptq"}}],
     "uint3": [{"quantize": {"bits": 3, "symmetric": False, "granularity": "group:32"}}],
+    "asvd-pivot-8": [
+        {"svd": {"targets": "linears", "method": "asvd", "ratio": 0.7}},
+        {"pivot": {}},
+        {"quantize": {"solver": "gptq"}},
+    ],
+    "svd-llm": [{"svd": {"targets": "linears", "method": "svd_llm", "ratio": 0.8}}],
+    "sparsegpt-joint": [{"sparsify": {"sparsity": 0.5, "bits": 4, "granularity": "group:32"}}],
+    "wanda-2of4": [{"sparsify": {"method": "wanda", "pattern": "2:4"}}, {"quantize": {"solver": "gptq"}}],
+    "alps-correct": [
+        {"sparsify": {"method": "alps", "sparsity": 0.6, "targets": "mlp"}},
+        {"quantize": {"bits": 3, "targets": "attention"}},
+        {"correct": {"rank": 4, "bits": 8}},
+    ],
+    "sslc": [{"sparse_low_rank": {"sparsity": 0.5, "bits": 4, "factor_bits": 8, "iterations": 20}}],
 }
 
 CASES = [(family, step) for family in TINY for step in STEPS]

@@ -27,6 +27,17 @@ def one(step: dict[str, Any]) -> dict[str, Any]:
         {"svd": {"ratio": 0.9, "multiple_of": 8}},
         {"quantize": {"bits": 3, "granularity": "channel"}},
         {"prune_neurons": {"allocation": "uniform", "ratio": 0.25, "multiple_of": 8}},
+        {"svd": {"ratio": 0.7, "method": "asvd", "multiple_of": 4}},
+        {"sparsify": {"sparsity": 0.3}},
+        {"sparsify": {"sparsity": 0.3, "bits": 5, "granularity": "group:32"}},
+        {"sparsify": {"sparsity": 0.3, "bits": 4, "case": "all", "symmetric": False}},
+        {"sparsify": {"pattern": "4:8", "bits": 4, "symmetric": False}},
+        {"sparsify": {"sparsity": 0.3, "method": "wanda"}},
+        {"sparsify": {"sparsity": 0.3, "method": "magnitude"}},
+        {"sparsify": {"pattern": "2:4", "method": "alps"}},
+        {"sparse_low_rank": {"sparsity": 0.4, "iterations": 10, "metric": "diagonal"}},
+        {"sparse_low_rank": {"pattern": "2:4", "iterations": 12, "bits": 4, "factor_bits": 8}},
+        {"sparse_low_rank": {"sparsity": 0.4, "kappa": 1, "iterations": 2}},
     ],
 )
 def test_foretold_bytes_are_those_of_the_files(
@@ -41,6 +52,57 @@ def test_foretold_bytes_are_those_of_the_files(
         for p in (tmp_path / "out").glob("model-*.safetensors")
     )
     assert stored - headers == pytest.approx(predicted["bytes"], rel=0.002, abs=256)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"svd": {"ratio": 0.7}}, {"pivot": {"targets": "attention"}}],
+        [{"svd": {"ratio": 0.7}}, {"pivot": {"targets": "attention"}}, {"quantize": {"bits": 8}}],
+        [{"sparse_low_rank": {"sparsity": 0.5, "kappa": None, "iterations": 10}}],
+        [{"svd": {"max_error": 0.3}}, {"quantize": {"targets": "attention", "bits": 4}}],
+    ],
+)
+def test_bytes_that_data_decide_are_foretold_at_their_most(
+    steps: list[dict[str, Any]], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = {"calibration": {"samples": 4, "seq_len": 32}, "steps": steps}
+    predicted = lmpress.plan(tiny("llama"), recipe)["predicted"]
+    assert not predicted["exact"]
+    result = lmpress.compress(tiny("llama"), recipe, tmp_path / "out", calibration=str(text_file))
+    headers = sum(
+        8 + int.from_bytes(p.read_bytes()[:8], "little")
+        for p in (tmp_path / "out").glob("model-*.safetensors")
+    )
+    stored = result.manifest["sizes"]["weight_bytes"] - headers
+    assert 0.5 * predicted["bytes"] < stored <= predicted["bytes"] + 256
+
+
+def test_steps_that_cannot_follow_are_found_by_module(tiny: Callable[[str], Path]) -> None:
+    def plan(*steps: dict[str, Any]) -> dict[str, Any]:
+        return lmpress.plan(tiny("llama"), {"steps": list(steps)})
+
+    sparse, down = {"sparsify": {"sparsity": 0.5, "targets": "mlp"}}, "*.mlp.down_proj"
+    assert plan(sparse, {"quantize": {"targets": "attention"}})["modules"]
+    with pytest.raises(RequestError, match=r"step 2 \(quantize\).*mlp.down_proj: .*solver: gptq"):
+        plan(sparse, {"quantize": {"targets": down}})
+    with pytest.raises(RequestError, match=r"model.layers.0.mlp.down_proj, which step 1 quantizes"):
+        plan({"quantize": {}}, {"quantize": {"targets": down}})
+    with pytest.raises(RequestError, match="there is none for these modules"):
+        plan({"quantize": {"targets": down}}, {"correct": {"targets": "mlp"}})
+    with pytest.raises(RequestError, match="works on the linears of the blocks"):
+        plan({"sparsify": {"sparsity": 0.5, "targets": "*embed*"}})
+
+
+def test_patterns_that_do_not_divide(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(RequestError, match=r"the pattern 3:5 does not divide the 64 inputs"):
+        lmpress.plan(tiny("llama"), one({"sparsify": {"pattern": "3:5"}}))
+    steps = [{"svd": {"ratio": 0.8, "targets": "mlp"}}, {"sparsify": {"pattern": "2:4", "targets": "mlp"}}]
+    with pytest.raises(RequestError, match="let svd have multiple_of: 4"):
+        lmpress.plan(tiny("llama"), {"steps": steps})
+    grouped = {"quantize": {"solver": "gptq", "granularity": "group:16"}}
+    with pytest.raises(RequestError, match="the bits of sparse_low_rank"):
+        lmpress.plan(tiny("llama"), {"steps": [{"sparse_low_rank": {"sparsity": 0.5}}, grouped]})
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,61 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str) -> None:
             ["prune_neurons comes before"],
         ),
         ({"steps": [{"quantize": {}}, {"svd": {"ratio": 0.5}}]}, ["svd comes before quantize"]),
+        ({"steps": [{"svd": {"method": "asvd", "max_error": 0.1}}]}, ["asvd", "ratio"]),
+        ({"steps": [{"svd": {"method": "svd_llm", "ratio": 0.5, "whiten": False}}]}, ["method: svd"]),
+        ({"steps": [{"sparsify": {}}]}, ["sparsify", "sparsity", "2:4"]),
+        ({"steps": [{"sparsify": {"sparsitiy": 0.5}}]}, ["did you mean 'sparsity'"]),
+        ({"steps": [{"sparsify": {"sparsity": 1}}]}, ["sparsity", "less than 1"]),
+        ({"steps": [{"sparsify": {"sparsity": 0.5, "pattern": "2:4"}}]}, ["2:4", "leave `sparsity` out"]),
+        ({"steps": [{"sparsify": {"pattern": "4:2"}}]}, ["pattern", "n:m"]),
+        (
+            {"steps": [{"sparsify": {"pattern": 124}}]},
+            ["pattern", "in quotes"],
+        ),  # YAML 1.1 reads 2:4 as a number
+        ({"steps": [{"sparsify": {"sparsity": 0.5, "method": "wanda", "bits": 4}}]}, ["solver: gptq"]),
+        ({"steps": [{"sparsify": {"sparsity": 0.5, "case": "all"}}]}, ["case: all", "bits"]),
+        ({"steps": [{"sparsify": {"sparsity": 0.5, "bits": 4, "symmetric": False}}]}, ["symmetric grid"]),
+        ({"steps": [{"sparsify": {"sparsity": 0.5, "targets": "embeddings"}}]}, ["not on embeddings"]),
+        ({"steps": [{"sparse_low_rank": {"sparsity": 0.5, "kappa": 1.5}}]}, ["kappa"]),
+        ({"steps": [{"sparse_low_rank": {"pattern": "2:4", "kappa": None}}]}, ["kappa below 1"]),
+        ({"steps": [{"correct": {"rank": 0}}]}, ["rank"]),
+        ({"steps": [{"quantize": {}}, {"correct": {"bits": 8, "metric": "none"}}]}, ["metric"]),
+        ({"steps": [{"correct": {}}]}, ["correct", "there is none"]),
+        ({"steps": [{"pivot": {}}]}, ["put an svd"]),
+        ({"steps": [{"svd": {"ratio": 0.5}}, {"quantize": {}}, {"pivot": {}}]}, ["pivot comes before"]),
+        (
+            {"steps": [{"svd": {"ratio": 0.5}}, {"sparsify": {"sparsity": 0.5}}, {"pivot": {}}]},
+            ["right after"],
+        ),
+        ({"steps": [{"sparsify": {"sparsity": 0.5}}, {"quantize": {"bits": 4}}]}, ["solver: gptq", "bits"]),
+        (
+            {
+                "steps": [
+                    {"sparsify": {"sparsity": 0.5}},
+                    {"quantize": {"solver": "gptq", "symmetric": False}},
+                ]
+            },
+            ["after sparsify", "symmetric grid"],
+        ),
+        (
+            {"steps": [{"sparsify": {"sparsity": 0.5, "bits": 4}}, {"quantize": {"solver": "gptq"}}]},
+            ["quantized these modules already"],
+        ),
+        ({"steps": [{"quantize": {}}, {"sparsify": {"sparsity": 0.5}}]}, ["sparsify comes before quantize"]),
+        ({"steps": [{"sparsify": {"sparsity": 0.5}}] * 2}, ["made sparse once"]),
+        (
+            {"steps": [{"sparsify": {"sparsity": 0.5}}, {"svd": {"ratio": 0.5}}]},
+            ["svd comes before sparsify"],
+        ),
+        (
+            {"steps": [{"svd": {"ratio": 0.5, "targets": "mlp"}}, {"sparse_low_rank": {"sparsity": 0.5}}]},
+            ["sparse_low_rank comes before svd"],
+        ),
+        (
+            {"steps": [{"sparsify": {"sparsity": 0.5}}, {"prune_neurons": {}}]},
+            ["prune_neurons comes before sparsify"],
+        ),
+        ({"steps": [{"sparsify": {"sparsity": 0.5}}, {"recover": {}}]}, ["keep: term"]),
         ("steps", ["mapping"]),
     ],
 )
@@ -69,6 +124,20 @@ def test_what_is_wrong_is_said_in_one_line(recipe: object, words: list[str]) -> 
     assert message.startswith("r.yaml")
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"sparsify": {"sparsity": 0.5, "targets": "mlp"}}, {"quantize": {"targets": "attention"}}],
+        [{"sparsify": {"sparsity": 0.5}}, {"quantize": {"targets": "embeddings"}}],
+        [{"sparsify": {"sparsity": 0.5}}, {"correct": {}}, {"recover": {"keep": "term"}}],
+        [{"quantize": {"targets": "*.q_proj"}}, {"correct": {"targets": "attention"}}],  # names decide
+        [{"prune_neurons": {}}, {"svd": {"ratio": 0.9}}, {"sparsify": {"sparsity": 0.5}}],
+    ],
+)
+def test_what_can_follow_is_let_through(steps: list[dict[str, object]]) -> None:
+    assert len(parse_recipe({"steps": steps}, "r").steps) == len(steps)
 
 
 def test_an_unknown_name_lists_what_ships() -> None:

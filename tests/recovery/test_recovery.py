@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lmpress
+from lmpress.checkpoint import plan_of
 from lmpress.errors import RequestError
 from lmpress.forms import Dense, Form, LowRank, Quantized, Sum
 from lmpress.methods.rtn import RoundOptions, round_to_nearest
@@ -175,3 +176,22 @@ def test_recovery_needs_text(tiny: Callable[[str], Path], tmp_path: Path) -> Non
     steps = {"steps": [{"quantize": {"bits": 8}}, {"recover": {"seq_len": 32}}]}
     with pytest.raises(RequestError, match="at least two windows"):
         lmpress.compress(tiny("llama"), steps, tmp_path / "out", calibration=str(short))
+
+
+def test_an_update_beside_sparse_weights_leaves_their_pattern(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    steps: list[dict[str, Any]] = [{"sparsify": {"pattern": "2:4", "bits": 4}}]
+    common = {"calibration": {"samples": 4, "seq_len": 32}}
+    train = {"recover": {"steps": 3, "seq_len": 32, "rank": 2, "learning_rate": 1e-2, "keep": "term"}}
+    told = {"calibration": str(text_file)}
+    plain = lmpress.compress(tiny("llama"), common | {"steps": steps}, tmp_path / "plain", **told)
+    trained = lmpress.compress(tiny("llama"), common | {"steps": [*steps, train]}, tmp_path / "out", **told)
+    before, after = plan_of(plain.directory), plan_of(trained.directory)
+    old = {k: v for p in plain.directory.glob("model-*") for k, v in load_file(p).items()}
+    new = {k: v for p in trained.directory.glob("model-*") for k, v in load_file(p).items()}
+    for name, form in after.items():
+        assert isinstance(form, Sum)
+        assert form.terms[0].describe() == before[name].describe()
+        assert torch.equal(new[f"{name}.weight"], old[f"{name}.weight"])  # the pattern
+        assert torch.equal(new[f"{name}.term0_values_codes"], old[f"{name}.values_codes"])

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lmpress.checkpoint.swap import cast_floats, densify, put_forms, tie_head
 from lmpress.errors import LmpressError
 from lmpress.families import layout_of
-from lmpress.forms import form_from_description
+from lmpress.forms import CompressedLinear, form_from_description
 from lmpress.forms.base import dense_leaf_names
 from lmpress.forms.linear import FormHolder
 
@@ -75,6 +75,10 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         layout = layout_of(model.config)
+        for name in self.quantization_config.plan:
+            module = model.get_submodule(name)
+            if isinstance(module, CompressedLinear):
+                module.hold_resident()
         if layout.tied and layout.embedding in self.quantization_config.plan:
             tie_head(model)
         cast_floats(model, self._dtype)
@@ -87,13 +91,15 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
             holder = model.get_submodule(name)
             if not isinstance(holder, FormHolder):
                 continue
-            form = holder.form
+            form = holder.stored_form
+            if form is not holder.form:
+                for parameter in holder.form_tensors():
+                    del state[f"{name}.{parameter}"]
             leaves = dense_leaf_names(form)
             stored = form_from_description(description).tensors()
-            for tensor, parameter in zip(form.tensors(), holder.form_tensors(), strict=True):
-                if tensor in leaves:
-                    key = f"{name}.{parameter}"
-                    state[key] = state[key].to(stored[tensor].dtype)
+            for place, (tensor, value) in enumerate(form.tensors().items()):
+                key = f"{name}.weight" if place == 0 else f"{name}.{tensor}"
+                state[key] = value.to(stored[tensor].dtype) if tensor in leaves else value
         return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -128,6 +128,7 @@ def _cast_leaves(module: FormHolder, dtype: torch.dtype, done: dict[int, nn.Para
             if id(old) not in done:  # tied modules stay tied
                 done[id(old)] = nn.Parameter(old.data.to(dtype), requires_grad=False)
             module.register_parameter(key, done[id(old)])
+    _ = module.form  # bound anew, so that nothing keeps the old tensors alive
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -251,7 +251,8 @@ def _module_bytes(module: nn.Module, original: Any) -> int:
     held: Mapping[str, Any] = module.state_dict()
     if getattr(original, "bias", None) is not None:
         held = {name: tensor for name, tensor in held.items() if name.rpartition(".")[2] != "bias"}
-    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    beside = module.kept_beside() if isinstance(module, FormHolder) else []
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*held.values(), *beside])
 
 
 def _inner(model: Any) -> PreTrainedModel:

@@ -66,6 +66,26 @@ class Form(ABC):
         """The rows `index` (any shape) of the matrix, (*index.shape, in): an embedding lookup."""
         return self.dense()[index]
 
+    def resident(self) -> Form:
+        """The same matrix as it is best kept in memory to be run again and again; often the form itself."""
+        return self
+
+    def stored(self, resident: Form) -> Form:
+        """`resident()` undone: this form with the values of `resident`, which may have been moved or cast.
+
+        Of this form itself nothing is looked at that `resident` tells: see `without_values`.
+        """
+        return resident
+
+    def without_values(self) -> Form:
+        """The same expression with what is large in its leaves, weights and codes, on the meta device."""
+
+        def emptied(leaf: Form) -> Form:
+            first, *others = leaf.tensors().items()
+            return leaf.with_tensors({first[0]: torch.empty_like(first[1], device="meta"), **dict(others)})
+
+        return self.rewrite(emptied)
+
     @property
     def num_bytes(self) -> int:
         """Bytes that the tensors take in a safetensors file, header aside."""

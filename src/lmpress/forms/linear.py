@@ -44,6 +44,25 @@ class FormHolder(nn.Module):
         self.out_features, self.in_features = form.shape
         self._form = form
         self._bound: dict[str, Tensor] = {}
+        self._stored: Form | None = None
+
+    def hold_resident(self) -> None:
+        """Keep the form as it is best run from now on (`Form.resident`); `stored_form` is what it was."""
+        stored = self.form
+        resident = stored.resident()
+        if resident is not stored:
+            self.hold(resident)
+            self._stored = stored.without_values()
+
+    @property
+    def stored_form(self) -> Form:
+        """The form as a checkpoint stores it, over the tensors as they are now."""
+        form = self.form
+        if self._stored is None:
+            return form
+        device = next(iter(form.tensors().values())).device
+        kept = {n: t if t.is_meta else t.to(device) for n, t in self._stored.tensors().items()}
+        return self._stored.with_tensors(kept).stored(form)
 
     @property
     def form(self) -> Form:
@@ -61,6 +80,12 @@ class FormHolder(nn.Module):
     def form_tensors(self) -> dict[str, Tensor]:
         """The tensors that make up the form, by their names in the module."""
         return {name: self._tensor(name) for name in self._names.values()}
+
+    def kept_beside(self) -> list[Tensor]:
+        """What brings the stored form back, beside the tensors that run: in memory, in no state dict."""
+        running = {tensor.data_ptr() for tensor in self.form_tensors().values()}
+        kept = [] if self._stored is None else list(self._stored.tensors().values())
+        return [tensor for tensor in kept if not tensor.is_meta and tensor.data_ptr() not in running]
 
     def share(self, other: FormHolder) -> None:
         """Take the tensors of `other` for one's own: tied modules. They are saved with `other` alone."""

@@ -67,6 +67,14 @@ class LowRank(Form):
     def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
         return LowRank(self.left.rewrite(rewriter), self.right.rewrite(rewriter))
 
+    def resident(self) -> LowRank:
+        left, right = self.left.resident(), self.right.resident()
+        return self if left is self.left and right is self.right else LowRank(left, right)
+
+    def stored(self, resident: Form) -> LowRank:
+        assert isinstance(resident, LowRank)
+        return LowRank(self.left.stored(resident.left), self.right.stored(resident.right))
+
     @property
     def formula(self) -> str:
         return f"LowRank({self.left.formula}, {self.right.formula}; r={self.rank})"

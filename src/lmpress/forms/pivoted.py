@@ -71,7 +71,11 @@ class Pivoted(Form):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.basis.forward(x)  # (..., r)
-        return torch.cat([y, self.coefficients.forward(y)], -1).index_select(-1, self._places())
+        return self.placed(y, self.coefficients.forward(y))
+
+    def placed(self, basis: Tensor, rest: Tensor) -> Tensor:
+        """The outputs (..., out) in their places, from those of the basis rows (..., r) and of the others."""
+        return torch.cat([basis, rest], -1).index_select(-1, self._places())
 
     def tensors(self) -> dict[str, Tensor]:
         parts = prefixed("basis", self.basis) | prefixed("coefficients", self.coefficients)

@@ -151,6 +151,25 @@ class Sparse(Form):
             zero = zero.expand(scale.shape)
         return Quantized.from_codes(codes, scale, zero, values.bits)
 
+    def resident(self) -> Form:
+        """With its zeros written out, where the survivors can be read off it again exactly."""
+        if isinstance(self.values, Dense) and self.scale is None:
+            return Dense(self.pattern.spread(self.values.weight))
+        filled = self.filled()
+        return filled if isinstance(filled, Quantized) else self
+
+    def stored(self, resident: Form) -> Form:
+        if isinstance(resident, Sparse):
+            return resident
+        mask = self.pattern.mask()
+        if isinstance(resident, Dense):
+            return replace(self, values=Dense(resident.weight[mask].view(self.values.shape)))
+        assert isinstance(resident, Quantized)
+        assert isinstance(self.values, Quantized)
+        codes = resident.codes()[mask].view(self.values.shape)
+        values = Quantized.from_codes(codes, self.values.scale, self.values.zero(), resident.bits)
+        return replace(self, values=values)
+
     @property
     def formula(self) -> str:
         return f"Sparse({self.values.formula}; {self.pattern.name})"

@@ -65,6 +65,14 @@ class Sum(Form):
     def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
         return Sum(tuple(term.rewrite(rewriter) for term in self.terms))
 
+    def resident(self) -> Sum:
+        terms = tuple(term.resident() for term in self.terms)
+        return self if all(a is b for a, b in zip(terms, self.terms, strict=True)) else Sum(terms)
+
+    def stored(self, resident: Form) -> Sum:
+        assert isinstance(resident, Sum)
+        return Sum(tuple(a.stored(b) for a, b in zip(self.terms, resident.terms, strict=True)))
+
     @property
     def formula(self) -> str:
         return " + ".join(term.formula for term in self.terms)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmpress.forms import CompressedLinear, Dense, Form, LowRank, Quantized, Sum
+from lmpress.forms import CompressedLinear, Dense, Form, LowRank, Pivoted, Quantized, Sum
 from lmpress.kernels import floating, integer
 
 Leaf = Callable[[Any, Tensor], Tensor]
@@ -52,6 +52,9 @@ def run(form: Form, x: Tensor) -> Tensor:
     """
     if type(form) is LowRank:
         return run(form.left, run(form.right, x))
+    if type(form) is Pivoted:
+        y = run(form.basis, x)
+        return form.placed(y, run(form.coefficients, y))
     if type(form) is Sum:
         y = run(form.terms[0], x)
         for term in form.terms[1:]:

@@ -3,7 +3,8 @@
 from lmpress.pipeline.assemble import CALIBRATION, assemble, discard, written_files
 from lmpress.pipeline.calibration import CalibrationText, calibration_text, load_dense, small_ids
 from lmpress.pipeline.journal import WORK, Journal
-from lmpress.pipeline.plan import ModulePlan, Plan, make_plan
+from lmpress.pipeline.plan import Plan, make_plan
+from lmpress.pipeline.prediction import ModulePlan
 from lmpress.pipeline.run import Run, RunOptions, finish_publication, sizes
 from lmpress.pipeline.source import GgufSource, ModelSource, SafetensorsSource, open_source
 from lmpress.pipeline.stream import BlockStream, Gathered

@@ -61,7 +61,7 @@ def restored_block(
     block = copy.deepcopy(source.skeleton.get_submodule(name[:-1]))
     for module, description in plan.items():
         linear = module.removeprefix(name)
-        form = _widened(_filled(description, linear, tensors))
+        form = _widened(_filled(description, linear, tensors)).resident()
         bias = tensors.pop(f"{linear}.bias", None)
         block.set_submodule(linear, CompressedLinear(form, None if bias is None else bias.float()))
     _load(block, tensors)

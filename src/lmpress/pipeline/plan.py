@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,28 +11,22 @@ import torch
 
 from lmpress.errors import RequestError
 from lmpress.families import Layout
-from lmpress.forms import packed_width
 from lmpress.methods.granularity import hybrid_granularities
-from lmpress.methods.neuron_pruning import aligned_width
-from lmpress.methods.rtn import parse_granularity
+from lmpress.pipeline.prediction import ModulePlan, predict
 from lmpress.pipeline.source import ModelSource
-from lmpress.recipes import LeafStep, PruneNeurons, Quantize, Recipe, Recover, Svd
+from lmpress.recipes import (
+    Correct,
+    FormStep,
+    PruneNeurons,
+    Quantize,
+    Recipe,
+    Recover,
+    SparseLowRank,
+    Step,
+    Svd,
+)
+from lmpress.recipes.order import conflict
 from lmpress.recipes.steps import GROUPS, options_of
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """What happens to one module.
-
-    Attributes:
-        shape: (out, in) of its dense weight.
-        steps: indices into the recipe's steps, in order.
-        granularity: by step index, where a hybrid was resolved.
-    """
-
-    shape: tuple[int, int]
-    steps: tuple[int, ...] = ()
-    granularity: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,8 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     """Resolve `recipe` for the model of `source`; nothing but its config and headers is looked at.
 
     Raises:
-        RequestError: targets that match no module; groups that do not divide a module's inputs.
+        RequestError: targets that match no module; a step that cannot follow an earlier one of the same
+            module; groups that do not divide a module's inputs.
     """
     layout = source.layout
     shapes = _shapes(source)
@@ -100,7 +95,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     for index, step in enumerate(recipe.steps):
         if isinstance(step, PruneNeurons):
             neurons = index
-        if not isinstance(step, LeafStep):
+        if not isinstance(step, FormStep):
             continue
         names = _targets(step.targets, layout, tuple(shapes))
         if not names:
@@ -111,26 +106,14 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
         chosen = _hybrid(step, {name: shapes[name] for name in names})
         for name in names:
             old = modules[name]
-            _check_sequence(index, name, old, recipe, layout)
             granularity = old.granularity | ({index: chosen[name]} if name in chosen else {})
             modules[name] = ModulePlan(old.shape, (*old.steps, index), granularity)
-            if isinstance(step, Quantize) and not step.hybrid:
-                _check_groups(step, name, old, recipe, neurons is not None, layout)
+            _check_order(recipe, index, name, old, layout)
+            _check_groups(step, name, old, recipe, neurons is not None, layout)
     dtype = _storage_dtype(recipe, source)
     return Plan(
-        source.name, recipe, dtype, modules, neurons, _predict(recipe, source, modules, neurons, dtype)
+        source.name, recipe, dtype, modules, neurons, predict(recipe, source, modules, neurons, dtype)
     )
-
-
-def _check_sequence(index: int, name: str, module: ModulePlan, recipe: Recipe, layout: Layout) -> None:
-    """RequestError where a step cannot follow those that touch the same module before it."""
-    step = recipe.steps[index]
-    place = f"recipe {recipe.name}: step {index + 1} ({step.kind}) targets {step.targets!r}, and so {name}"
-    if isinstance(step, Svd) and name in (layout.embedding, layout.head):
-        raise RequestError(f"{place}; svd works on the linears of the blocks, not on embeddings")
-    earlier = next((i for i in module.steps if isinstance(recipe.steps[i], Quantize)), None)
-    if earlier is not None:
-        raise RequestError(f"{place}, which step {earlier + 1} quantizes; let their targets not overlap")
 
 
 def _shapes(source: ModelSource) -> dict[str, tuple[int, int]]:
@@ -161,118 +144,70 @@ def _targets(targets: str, layout: Layout, names: tuple[str, ...]) -> list[str]:
     return [name for name in names if fnmatchcase(name, targets)]
 
 
-def _hybrid(step: LeafStep, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+def _hybrid(step: Step, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     if not isinstance(step, Quantize) or not step.hybrid:
         return {}
     return hybrid_granularities(shapes, step.granularity, percentile=step.percentile, k=step.std_factor)
 
 
+def _check_order(recipe: Recipe, index: int, name: str, module: ModulePlan, layout: Layout) -> None:
+    """RequestError where a step cannot follow those that touch the same module before it."""
+    step = recipe.steps[index]
+    place = f"recipe {recipe.name}: step {index + 1} ({step.kind}) targets {step.targets!r}, and so {name}"
+    if step.blocks_only and name in (layout.embedding, layout.head):
+        raise RequestError(f"{place}; {step.kind} works on the linears of the blocks, not on embeddings")
+    earlier = next((i for i in module.steps if isinstance(recipe.steps[i], Quantize)), None)
+    if earlier is not None and isinstance(step, Svd | Quantize):
+        raise RequestError(f"{place}, which step {earlier + 1} quantizes; let their targets not overlap")
+    fault = conflict(step, [recipe.steps[i] for i in module.steps])
+    if fault is not None:
+        raise RequestError(f"{place}: {fault}")
+
+
 def _check_groups(
-    step: Quantize, name: str, module: ModulePlan, recipe: Recipe, pruned: bool, layout: Layout
+    step: Step, name: str, module: ModulePlan, recipe: Recipe, pruned: bool, layout: Layout
 ) -> None:
-    kind, size = parse_granularity(step.granularity)
-    if kind != "group" or size is None:
-        return
-    if module.shape[1] % size:
-        raise RequestError(
-            f"recipe {recipe.name}: groups of {size} do not divide the {module.shape[1]} inputs of {name}; "
-            f"take a divisor, or granularity: channel"
-        )
-    for earlier in (recipe.steps[i] for i in module.steps):
-        if isinstance(earlier, Svd) and earlier.multiple_of % size:
-            raise RequestError(
-                f"recipe {recipe.name}: ranks are multiples of {earlier.multiple_of}, and groups of {size} "
-                f"do not divide these; let svd have multiple_of: {size}"
-            )
+    """Whether groups of neighbouring columns come out even, in every factor as well."""
     prune = next((s for s in recipe.steps if isinstance(s, PruneNeurons)), None)
-    if (
-        pruned
-        and prune is not None
-        and name.endswith("." + layout.neurons.output)
-        and prune.multiple_of % size
-    ):
-        raise RequestError(
-            f"recipe {recipe.name}: neurons are pruned to multiples of {prune.multiple_of}, and groups of "
-            f"{size} do not divide these; let prune_neurons have multiple_of: {size}"
-        )
+    for what, size in step.column_groups.items():
+        divide = "do" if what.startswith("groups") else "does"
+        if module.shape[1] % size:
+            way = "take a divisor, or granularity: channel" if divide == "do" else "take another pattern"
+            raise RequestError(
+                f"recipe {recipe.name}: {what} {divide} not divide the {module.shape[1]} inputs of {name}; "
+                f"{way}"
+            )
+        for earlier in (recipe.steps[i] for i in module.steps):
+            fault = _uneven_ranks(earlier, size)
+            if fault is not None:
+                ranks, way = fault
+                raise RequestError(
+                    f"recipe {recipe.name}: ranks are {ranks}, and {what} {divide} not divide these; {way}"
+                )
+        if (
+            pruned
+            and prune is not None
+            and name.endswith("." + layout.neurons.output)
+            and prune.multiple_of % size
+        ):
+            raise RequestError(
+                f"recipe {recipe.name}: neurons are pruned to multiples of {prune.multiple_of}, and {what} "
+                f"{divide} not divide these; let prune_neurons have multiple_of: {size}"
+            )
+
+
+def _uneven_ranks(step: Step, size: int) -> tuple[str, str] | None:
+    """The ranks that a step gives and a way out, where groups of `size` do not divide them."""
+    if isinstance(step, Svd) and step.multiple_of % size:
+        return f"multiples of {step.multiple_of}", f"let svd have multiple_of: {size}"
+    if isinstance(step, Correct) and step.rank % size:
+        return str(step.rank), f"let correct have a rank of whole groups: {size}"
+    if isinstance(step, SparseLowRank):
+        return "whatever the budget leaves", "take granularity: channel, or the bits of sparse_low_rank"
+    return None
 
 
 def _storage_dtype(recipe: Recipe, source: ModelSource) -> torch.dtype:
     if recipe.dtype != "auto":
         return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[recipe.dtype]
     return source.dtype if source.dtype in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _predict(
-    recipe: Recipe,
-    source: ModelSource,
-    modules: Mapping[str, ModulePlan],
-    neurons: int | None,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Bytes of the weights, from shapes alone; an estimate, and not `exact`, where data decide."""
-    layout = source.layout
-    total, exact = 0, True
-    for name, module in modules.items():
-        shape = module.shape
-        if neurons is not None and name not in (layout.embedding, layout.head):
-            shape, sure = _pruned(shape, name, recipe.steps[neurons], layout)
-            exact &= sure
-        size, sure = _module_bytes(recipe, module, shape, dtype)
-        total += size
-        exact &= sure
-    state = source.skeleton.state_dict(keep_vars=True)
-    rest = [name for name in source.names if name.removesuffix(".weight") not in modules]
-    for name in rest:  # vectors in the type of the source, tables such as learned positions in `dtype`
-        kept = dtype if state[name].dim() > 1 else source.dtype
-        total += state[name].numel() * kept.itemsize
-    if any(isinstance(step, Recover) and step.keep == "term" for step in recipe.steps):
-        exact = False
-    return {"bytes": total, "exact": exact}
-
-
-def _pruned(shape: tuple[int, int], name: str, step: Any, layout: Layout) -> tuple[tuple[int, int], bool]:
-    rows = any(name.endswith("." + linear) for linear in layout.neurons.inputs)
-    columns = name.endswith("." + layout.neurons.output)
-    if step.allocation == "activation":
-        return shape, not (rows or columns)
-    if rows:
-        return (aligned_width(shape[0], step.ratio, step.multiple_of), shape[1]), step.allocation == "uniform"
-    if columns:
-        return (shape[0], aligned_width(shape[1], step.ratio, step.multiple_of)), step.allocation == "uniform"
-    return shape, True
-
-
-def _module_bytes(
-    recipe: Recipe, module: ModulePlan, shape: tuple[int, int], dtype: torch.dtype
-) -> tuple[int, bool]:
-    leaves, exact = [shape], True
-    quantize: Quantize | None = None
-    granularity = "channel"
-    for index in module.steps:
-        step = recipe.steps[index]
-        if isinstance(step, Svd):
-            if step.ratio is not None:
-                rank = int(step.ratio * shape[0] * shape[1] / (shape[0] + shape[1]))
-                rank = min(max(rank // step.multiple_of * step.multiple_of, 1), min(shape))
-                if rank * (shape[0] + shape[1]) < shape[0] * shape[1]:  # else it stays dense
-                    leaves = [(shape[0], rank), (rank, shape[1])]
-            exact &= step.ratio is not None
-        if isinstance(step, Quantize):
-            quantize = step
-            granularity = module.granularity.get(index, step.granularity)
-    if quantize is None:
-        return sum(m * n for m, n in leaves) * dtype.itemsize, exact
-    total = 0
-    for m, n in leaves:
-        scales = _scales(granularity, (m, n))
-        total += m * packed_width(n, quantize.bits) + 2 * scales
-        total += 0 if quantize.symmetric else packed_width(scales, quantize.bits)
-    return total, exact
-
-
-def _scales(granularity: str, shape: tuple[int, int]) -> int:
-    kind, size = parse_granularity(granularity)
-    if kind == "tensor":
-        return 1
-    return shape[0] * (shape[1] // size if size else 1)

@@ -14,9 +14,10 @@ from lmpress.families import Layout, Site
 from lmpress.forms import CompressedLinear, Dense, Form
 from lmpress.methods.neuron_pruning import NeuronOptions, prune_neurons
 from lmpress.methods.result import Rewritten
-from lmpress.pipeline.plan import ModulePlan, Plan
+from lmpress.pipeline.plan import Plan
+from lmpress.pipeline.prediction import ModulePlan
 from lmpress.pipeline.stream import BlockStream, Gathered
-from lmpress.recipes import LeafContext, LeafStep, PruneNeurons, in_storage
+from lmpress.recipes import FormStep, LeafContext, PruneNeurons, in_storage
 
 
 @dataclass
@@ -94,11 +95,12 @@ def _rewrite_site(
         if not module.steps:
             continue
         form = before = current_form(block.get_submodule(linear))
+        weight, seed = before.dense(), _seed(plan.recipe.seed, f"{name}.{linear}")
         reports = []
         for index in module.steps:
             step = plan.recipe.steps[index]
-            assert isinstance(step, LeafStep)
-            context = LeafContext(module.granularity.get(index), _seed(plan.recipe.seed, f"{name}.{linear}"))
+            assert isinstance(step, FormStep)
+            context = LeafContext(module.granularity.get(index), seed, weight)
             rewritten = step.rewrite(form, None if gathered is None else gathered.statistics, context)
             form = rewritten.form
             reports.append({"step": step.kind} | rewritten.report)
@@ -204,7 +206,7 @@ def rewrite_outer(form: Form, module: ModulePlan, plan: Plan) -> Rewritten:
     before, reports = form, []
     for index in module.steps:
         step = plan.recipe.steps[index]
-        assert isinstance(step, LeafStep)
+        assert isinstance(step, FormStep)
         rewritten = step.rewrite(form, None, LeafContext(module.granularity.get(index)))
         form = rewritten.form
         reports.append({"step": step.kind} | rewritten.report)

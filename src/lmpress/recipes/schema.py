@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -13,9 +13,23 @@ import yaml
 from pydantic import Field, ValidationError
 
 from lmpress.errors import RequestError
-from lmpress.recipes.steps import STEPS, PruneNeurons, Quantize, Recover, Step, Strict, Svd, options_of
+from lmpress.recipes.order import conflict
+from lmpress.recipes.steps import (
+    GROUPS,
+    STEPS,
+    Correct,
+    Pivot,
+    PruneNeurons,
+    Recover,
+    Step,
+    Strict,
+    options_of,
+)
 
 T = TypeVar("T", bound=Strict)
+
+NEEDS_ANOTHER = (Pivot, Correct)
+"""Steps that work on what an earlier one left."""
 
 
 class Calibration(Strict):
@@ -153,30 +167,31 @@ def _suggest(word: str, known: Any) -> str:
 
 
 def _check_order(recipe: Recipe, where: str) -> None:
-    """Structure first, then factors, then bits, then recovery; what cannot work is refused here."""
-    seen: dict[type[Step], list[Step]] = {}
+    """What cannot work whatever the model is refused here; a plan looks at every module again."""
     for i, step in enumerate(recipe.steps):
         place = f"{where}: step {i + 1} ({step.kind})"
-        if seen.get(Recover):
+        earlier = recipe.steps[:i]
+        if any(isinstance(s, Recover) for s in earlier):
             raise RequestError(f"{place}: recover comes last, after every step that compresses")
-        if isinstance(step, PruneNeurons):
-            if seen.get(PruneNeurons):
-                raise RequestError(f"{place}: neurons are pruned once in a recipe")
-            before = [s for s in seen.get(Svd, []) + seen.get(Quantize, []) if _touches_mlp(s)]
-            if before:
-                raise RequestError(f"{place}: prune_neurons comes before {before[0].kind} of the same MLP")
-        if isinstance(step, Svd) and step.targets == "embeddings":
-            raise RequestError(f"{place}: svd works on the linears of the blocks, not on embeddings")
-        if isinstance(step, Svd) and any(_overlap(step, s) for s in seen.get(Quantize, [])):
-            raise RequestError(f"{place}: svd comes before quantize of the same modules")
-        seen.setdefault(type(step), []).append(step)
-
-
-def _touches_mlp(step: Step) -> bool:
-    return step.targets in ("mlp", "linears") or "mlp" in step.targets or step.targets.startswith("*")
+        if isinstance(step, PruneNeurons) and any(isinstance(s, PruneNeurons) for s in earlier):
+            raise RequestError(f"{place}: neurons are pruned once in a recipe")
+        if step.targets == "embeddings" and step.blocks_only:
+            raise RequestError(f"{place}: {step.kind} works on the linears of the blocks, not on embeddings")
+        fault = conflict(step, [s for s in earlier if _overlap(step, s)])
+        if fault is not None and not (isinstance(step, NEEDS_ANOTHER) and _by_glob(step, earlier)):
+            raise RequestError(f"{place}: {fault}")
 
 
 def _overlap(a: Step, b: Step) -> bool:
-    if "embeddings" in (a.targets, b.targets):
-        return a.targets == b.targets
-    return a.targets == b.targets or "linears" in (a.targets, b.targets)
+    """Whether two steps surely touch a module together."""
+    if isinstance(a, Recover) or isinstance(b, Recover):
+        return "embeddings" not in (a.targets, b.targets)  # adapters are on all linears
+    if isinstance(a, PruneNeurons) and "mlp" in b.targets:
+        return True
+    pair = {a.targets, b.targets}
+    return len(pair) == 1 or ("linears" in pair and bool(pair & {"attention", "mlp"}))
+
+
+def _by_glob(step: Step, earlier: Sequence[Step]) -> bool:
+    """Whether names have to be looked at to know which earlier steps touch the modules of `step`."""
+    return any(s.targets not in GROUPS for s in (step, *earlier))

@@ -14,6 +14,7 @@ from lmpress.checkpoint import plan_of, read_json, stored_names, write_tensors
 from lmpress.corpora import calibration_windows, fingerprint, load_corpus
 from lmpress.errors import RequestError
 from lmpress.forms import Dense, Form
+from lmpress.forms.linear import FormHolder
 from lmpress.pipeline import CALIBRATION, ModelSource, assemble, sizes, small_ids
 from lmpress.recipes import Recover, in_storage
 from lmpress.recovery.lora import train_lora
@@ -130,7 +131,7 @@ def _changed(
     module: nn.Module, stored: Form | None, update: tuple[Tensor, Tensor], step: Recover, dtype: torch.dtype
 ) -> Form:
     """The module's form with its update, in the types in which it is stored."""
-    form: Form | None = getattr(module, "form", None)
+    form: Form | None = module.stored_form if isinstance(module, FormHolder) else None
     if form is None:
         form = Dense(in_storage(cast(Tensor, module.weight).detach(), dtype))
     elif stored is not None:

@@ -1,0 +1,50 @@
+"""The steps of a recipe: what each may be told, what it needs to know, and the method that it calls."""
+
+from lmpress.recipes.steps.base import (
+    GROUPS,
+    FormStep,
+    LeafContext,
+    LeafStep,
+    Step,
+    Strict,
+    in_storage,
+    options_of,
+)
+from lmpress.recipes.steps.bits import HYBRIDS, Quantize
+from lmpress.recipes.steps.factors import Correct, Pivot, Svd
+from lmpress.recipes.steps.recovery import Recover
+from lmpress.recipes.steps.sparsity import SparseLowRank, Sparsify
+from lmpress.recipes.steps.structure import PruneNeurons
+
+# One line a step: its key in a recipe and its class.
+STEPS: dict[str, type[Step]] = {
+    "prune_neurons": PruneNeurons,
+    "svd": Svd,
+    "pivot": Pivot,
+    "sparsify": Sparsify,
+    "sparse_low_rank": SparseLowRank,
+    "quantize": Quantize,
+    "correct": Correct,
+    "recover": Recover,
+}
+
+__all__ = [
+    "GROUPS",
+    "HYBRIDS",
+    "STEPS",
+    "Correct",
+    "FormStep",
+    "LeafContext",
+    "LeafStep",
+    "Pivot",
+    "PruneNeurons",
+    "Quantize",
+    "Recover",
+    "SparseLowRank",
+    "Sparsify",
+    "Step",
+    "Strict",
+    "Svd",
+    "in_storage",
+    "options_of",
+]

@@ -1,0 +1,231 @@
+"""Steps that make weights sparse: alone, jointly with quantization, or beside a low-rank term."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lmpress.forms import Dense, Form
+from lmpress.methods.alps import AlpsOptions, alps
+from lmpress.methods.low_rank_correction import CorrectionOptions
+from lmpress.methods.patterns import check_grid_fits, parse_pattern
+from lmpress.methods.result import Rewritten
+from lmpress.methods.rtn import parse_granularity
+from lmpress.methods.sparsegpt import SparseGptOptions, sparsegpt
+from lmpress.methods.sslc import SslcOptions, sslc
+from lmpress.methods.wanda import WandaOptions, wanda
+from lmpress.recipes.steps.base import LeafContext, LeafStep, Positive, Ratio, group_of
+from lmpress.statistics import InputStatistics
+
+Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+class _Sparse(LeafStep):
+    """What the steps of this file share: how much is removed, in which pattern, on which grid.
+
+    Attributes:
+        sparsity: the share that is removed; not for an n:m pattern, which has its own.
+        pattern: `unstructured`, or `n:m` with n kept of every m neighbours in a row.
+        bits: of the survivors; None to leave them in floating point.
+        granularity: of their grid over the whole matrix.
+        symmetric: no zero points.
+        clip: search the range of every scale for the least squared error.
+    """
+
+    sparsity: Sparsity | None = None
+    pattern: str = "unstructured"
+    bits: Bits | None = None
+    granularity: str = "channel"
+    symmetric: bool = True
+    clip: bool = True
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern_is_text(cls, value: object) -> object:
+        if isinstance(value, int):  # YAML reads 2:4 as 2 * 60 + 4
+            raise ValueError('a pattern is text: write it in quotes, such as "2:4"')
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_is_known(cls, value: str) -> str:
+        parse_pattern(value)
+        return value
+
+    @field_validator("granularity")
+    @classmethod
+    def _granularity_is_known(cls, value: str) -> str:
+        parse_granularity(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_share(self) -> _Sparse:
+        if self.group is None and self.sparsity is None:
+            raise ValueError("the share to remove is given as `sparsity`, or a pattern such as '2:4'")
+        if self.group is not None and self.sparsity is not None:
+            raise ValueError(f"pattern {self.pattern} says how much is removed; leave `sparsity` out")
+        return self
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(n, m) of the pattern, None where it is unstructured."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def blocks_only(self) -> bool:
+        return True
+
+    @property
+    def column_groups(self) -> dict[str, int]:
+        groups = {} if self.bits is None else group_of(self.granularity)
+        return groups if self.group is None else groups | {f"the pattern {self.pattern}": self.group[1]}
+
+    @property
+    def needs_statistics(self) -> bool:
+        return True
+
+    @property
+    def share(self) -> float:
+        """`sparsity`, or a number that plays no part beside an n:m pattern."""
+        return 0.5 if self.sparsity is None else self.sparsity
+
+
+class Sparsify(_Sparse):
+    """Pruning of single weights: SparseGPT (arXiv 2301.00774), Wanda (2306.11695), ALPS (2406.07831).
+
+    Attributes:
+        bits: with `method: sparsegpt`: quantize in the same pass (arXiv 2505.07289).
+        case: what is quantized: `survivors` alone (B), stored with their pattern, or `all` (A): zeros are
+            codes like any other, and no pattern is stored.
+        damping: of the Hessian; None for what suits the method (0.01 for sparsegpt, 0.1 for alps).
+        sweeps: of sparsegpt: passes of coordinate descent afterwards.
+    """
+
+    kind: ClassVar[str] = "sparsify"
+    method: Literal["sparsegpt", "wanda", "magnitude", "alps"] = "sparsegpt"
+    case: Literal["survivors", "all"] = "survivors"
+    damping: Ratio | None = None
+    sweeps: Annotated[int, Field(ge=0, le=100)] = 0
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Sparsify:
+        if self.method != "sparsegpt" and self.bits is not None:
+            raise ValueError(
+                f"only sparsegpt quantizes in the same pass; after {self.method}, let a step "
+                "`quantize` with `solver: gptq` follow"
+            )
+        if self.case == "all" and self.bits is None:
+            raise ValueError("case: all is of quantization in the same pass: give it `bits`")
+        self.options()
+        return self
+
+    @property
+    def needs_hessian(self) -> bool:
+        return self.method in ("sparsegpt", "alps")
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.method != "magnitude"
+
+    def options(self) -> SparseGptOptions:
+        """What SparseGPT is told."""
+        return SparseGptOptions(
+            sparsity=self.share,
+            pattern=self.pattern,
+            bits=self.bits,
+            case=self.case,
+            granularity=self.granularity,
+            symmetric=self.symmetric,
+            clip=self.clip,
+            damping=0.01 if self.damping is None else self.damping,
+            sweeps=self.sweeps,
+        )
+
+    def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
+        if not isinstance(leaf, Dense):
+            raise ValueError(f"sparsify takes dense weights, and this one is {leaf.formula}; put it earlier")
+        weight = leaf.weight
+        if self.method in ("wanda", "magnitude"):
+            per_row = self.method == "wanda"  # magnitude compares over the whole matrix
+            return wanda(weight, statistics, WandaOptions(self.share, self.pattern, self.method, per_row))
+        if statistics is None:
+            raise ValueError(f"sparsify by method: {self.method} needs calibration text")
+        if self.method == "alps":
+            damping = 0.1 if self.damping is None else self.damping
+            return alps(weight, statistics, AlpsOptions(self.share, self.pattern, damping))
+        return sparsegpt(weight, statistics, self.options())
+
+
+class SparseLowRank(_Sparse):
+    """A weight as sparse + low-rank, solved for together: SSLC (arXiv 2510.26446).
+
+    Attributes:
+        sparsity: the share of the parameters that is removed, the two terms together.
+        kappa: the share of the kept parameters that goes to the low-rank term; None to search, module by
+            module. With an n:m pattern the low-rank term comes on top.
+        metric: `hessian` (every correlation of the inputs) or `diagonal` (as in the paper).
+        iterations: rounds at most.
+        protect: the share of the weights, the most salient ones, that always stay in the sparse term.
+        damping: of the metric, relative to each entry of its diagonal.
+        bits: of the survivors, jointly compensated.
+        factor_bits: of the low-rank factors, whose error the survivors make up for.
+    """
+
+    kind: ClassVar[str] = "sparse_low_rank"
+    kappa: Ratio | None = 0.2
+    metric: Literal["hessian", "diagonal"] = "hessian"
+    iterations: Positive = 120
+    protect: Sparsity = 0.01
+    damping: Ratio = 0.1
+    factor_bits: Bits | None = None
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> SparseLowRank:
+        self.options()
+        if self.bits is not None:
+            check_grid_fits(self.symmetric, self.granularity == "tensor", self.group)
+        return self
+
+    @property
+    def needs_hessian(self) -> bool:
+        return self.metric == "hessian" or self.bits is not None or self.factor_bits is not None
+
+    def options(self, seed: int = 0) -> SslcOptions:
+        """What the method is told."""
+        survivors = factors = None
+        if self.bits is not None:
+            survivors = SparseGptOptions(
+                pattern=self.pattern,
+                bits=self.bits,
+                granularity=self.granularity,
+                symmetric=self.symmetric,
+                clip=self.clip,
+                damping=self.damping,
+                per_channel_damping=True,
+                sweeps=1,
+            )
+        if self.factor_bits is not None:
+            factors = CorrectionOptions(bits=self.factor_bits)
+        return SslcOptions(
+            sparsity=self.share,
+            kappa=self.kappa,
+            pattern=self.pattern,
+            metric=self.metric,
+            iterations=self.iterations,
+            protect=self.protect,
+            damping=self.damping,
+            seed=seed,
+            survivors=survivors,
+            factors=factors,
+        )
+
+    def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
+        if not isinstance(leaf, Dense):
+            raise ValueError(
+                f"sparse_low_rank takes dense weights, and this one is {leaf.formula}; put it earlier"
+            )
+        if statistics is None:
+            raise ValueError("sparse_low_rank needs calibration text")
+        return sslc(leaf.weight, statistics, self.options(context.seed))

@@ -1,0 +1,144 @@
+"""What the steps make of one weight: forms, and statistics that follow them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lmpress.forms import Dense, Form, LowRank, Pivoted, Quantized, Sparse, Sum
+from lmpress.methods.gptq import GptqOptions, gptq
+from lmpress.recipes import Correct, LeafContext, Pivot, Quantize, SparseLowRank, Sparsify, Svd
+from lmpress.statistics import InputStatistics
+from lmpress.statistics.inputs import StatisticsAccumulator
+
+GENERATOR = torch.Generator().manual_seed(7)
+WEIGHT = torch.randn(24, 32, generator=GENERATOR)
+MIXED = torch.eye(32) + 0.2 * torch.randn(32, 32, generator=GENERATOR)
+INPUTS = torch.randn(400, 32, generator=GENERATOR) @ MIXED * torch.linspace(0.1, 2.0, 32)
+CONTEXT = LeafContext(seed=3, weight=WEIGHT)
+
+
+def statistics() -> InputStatistics:
+    accumulator = StatisticsAccumulator(32, hessian=True)
+    accumulator.update(INPUTS)
+    return accumulator.result()
+
+
+def strayed(form: Form, weight: torch.Tensor = WEIGHT) -> float:
+    """The relative squared error of the outputs, by running them."""
+    return float(((form.dense() - weight) @ INPUTS.T).square().sum() / (weight @ INPUTS.T).square().sum())
+
+
+def after(step: Any, form: Form | None = None) -> Form:
+    made: Form = step.rewrite(Dense(WEIGHT) if form is None else form, statistics(), CONTEXT).form
+    return made
+
+
+def test_each_method_of_sparsify_keeps_what_it_is_told() -> None:
+    errors = {}
+    for method in ("sparsegpt", "alps", "wanda", "magnitude"):
+        form = after(Sparsify(method=method, sparsity=0.5))
+        assert isinstance(form, Sparse)
+        assert form.density == 0.5
+        errors[method] = strayed(form)
+    assert max(errors["alps"], errors["sparsegpt"]) < errors["wanda"] < errors["magnitude"]
+
+
+def test_the_joint_pass_and_its_two_cases() -> None:
+    survivors = after(Sparsify(pattern="2:4", bits=4))
+    assert isinstance(survivors, Sparse)
+    assert isinstance(survivors.values, Quantized)
+    assert survivors.values.shape == (24, 16)
+    everything = after(Sparsify(pattern="2:4", bits=4, case="all"))
+    assert isinstance(everything, Quantized)
+    assert int((everything.dense() != 0).sum()) <= 24 * 16
+
+
+def test_quantize_keeps_the_pattern_of_what_is_sparse() -> None:
+    sparse = after(Sparsify(method="wanda", pattern="2:4"))
+    assert isinstance(sparse, Sparse)
+    form = after(Quantize(bits=4, solver="gptq"), sparse)
+    assert isinstance(form, Sparse)
+    assert isinstance(form.values, Quantized)
+    assert torch.equal(form.pattern.packed, sparse.pattern.packed)
+    nearest = after(Quantize(bits=4), Dense(sparse.dense())).dense()
+    assert strayed(form, sparse.dense()) < strayed(Dense(nearest), sparse.dense())
+    with pytest.raises(ValueError, match="solver: gptq"):
+        after(Quantize(bits=4), sparse)
+    with pytest.raises(ValueError, match="already"):
+        after(Quantize(bits=4, solver="gptq"), form)
+
+
+def test_correct_comes_back_to_the_weight_that_the_module_began_with() -> None:
+    form = after(Quantize(bits=2), after(Svd(ratio=0.8)))
+    corrected = after(Correct(rank=6), form)
+    assert isinstance(corrected, Sum)
+    assert corrected.terms[0] is form
+    assert strayed(corrected) < 0.7 * strayed(form)
+    # Eckart-Young in the metric of the inputs: no correction of this rank does better
+    root = torch.linalg.cholesky(statistics().require_hessian().double())
+    tail = torch.linalg.svdvals((WEIGHT - form.dense()).double() @ root)[6:].square().sum()
+    best = float(tail / (WEIGHT.double() @ root).square().sum())
+    assert best <= strayed(corrected) < 1.01 * best
+    coded = after(Correct(rank=6, bits=8), form)
+    assert all(isinstance(leaf, Quantized) for leaf in (coded.terms[1].left, coded.terms[1].right))
+    with pytest.raises(ValueError, match="began with"):
+        Correct().rewrite(form, statistics(), LeafContext())
+
+
+def test_pivot_is_lossless_and_leaves_alone_what_it_cannot_do() -> None:
+    factors = after(Svd(ratio=0.8))
+    form = after(Pivot(), factors)
+    assert isinstance(form, Pivoted)
+    assert form.num_bytes < factors.num_bytes
+    torch.testing.assert_close(form.dense(), factors.dense(), rtol=1e-4, atol=1e-4)
+    told = Pivot().rewrite(Dense(WEIGHT), None, CONTEXT)
+    assert isinstance(told.form, Dense)
+    assert "no factors" in told.report["reason"]
+    strict = Pivot(largest_bits_lost=0.0).rewrite(factors, None, CONTEXT)
+    assert strict.form is factors
+    assert "lose" in strict.report["reason"]
+    assert isinstance(after(Pivot(largest_bits_lost=None), factors), Pivoted)
+    with pytest.raises(ValueError, match="put pivot earlier"):
+        after(Pivot(), after(Quantize(), factors))
+
+
+def test_pivot_takes_the_low_rank_term_of_a_sum() -> None:
+    both = after(SparseLowRank(sparsity=0.5, kappa=0.5, iterations=20))
+    form = after(Pivot(), both)
+    assert isinstance(form, Sum)
+    assert [type(term) for term in form.terms] == [Sparse, Pivoted]
+    torch.testing.assert_close(form.dense(), both.dense(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_coefficients_are_fitted_to_what_the_basis_gives() -> None:
+    pivoted = after(Pivot(), after(Svd(ratio=0.8)))
+    assert isinstance(pivoted, Pivoted)
+    form = after(Quantize(bits=4, solver="gptq"), pivoted)
+    assert isinstance(form, Pivoted)
+    behind = statistics().through(form.basis.dense())
+    options = GptqOptions(bits=4, granularity="channel", damping=0.03, clip=False)
+    alone = gptq(pivoted.coefficients.dense(), behind, options).form
+    assert torch.equal(form.coefficients.dense(), alone.dense())
+
+
+def test_sparse_low_rank_spends_its_budget_and_takes_its_seed() -> None:
+    step = SparseLowRank(sparsity=0.5, kappa=0.4, iterations=30)
+    form = after(step)
+    assert isinstance(form, Sum)
+    assert [type(term) for term in form.terms] == [Sparse, LowRank]
+    kept = sum(tensor.numel() for name, tensor in form.tensors().items() if name != "term0_pattern")
+    assert kept <= 0.5 * WEIGHT.numel() < kept + sum(WEIGHT.shape)
+    assert torch.equal(form.dense(), after(step).dense())
+    searched = SparseLowRank(sparsity=0.5, kappa=None, iterations=30)
+    assert strayed(after(searched)) < strayed(form)  # this weight has little of low rank
+
+
+@pytest.mark.parametrize("method", ["asvd", "svd_llm"])
+def test_the_other_factorizations_keep_the_share(method: str) -> None:
+    form = after(Svd(method=method, ratio=0.8))
+    assert isinstance(form, LowRank)
+    assert form.rank == int(0.8 * 24 * 32 / (24 + 32))
+    assert strayed(form) >= 0.99 * strayed(after(Svd(ratio=0.8)))
