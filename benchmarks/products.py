@@ -1,8 +1,8 @@
 """How fast do compressed weights run, against dense ones?
 
-    python benchmarks/kernels.py                         single products
-    python benchmarks/kernels.py MODEL                   a whole model: decoding and prefill
-    python benchmarks/kernels.py MODEL --gguf FILE       the same, of a GGUF file in the directory MODEL
+    python benchmarks/products.py                         single products
+    python benchmarks/products.py MODEL                   a whole model: decoding and prefill
+    python benchmarks/products.py MODEL --gguf FILE       the same, of a GGUF file in the directory MODEL
 
 Every time is a median of rounds; in each round dense and compressed take turns, so that other load on the
 machine hits both. Single products cycle over weights of 256 MB in all, as a model does, so that no dense
