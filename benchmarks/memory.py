@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 CONFIG = {
     "vocab_size": 4096,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_attention_heads": 16,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
