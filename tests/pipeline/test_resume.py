@@ -63,6 +63,11 @@ def unbroken(
     return digest(root / "out"), time.perf_counter() - start
 
 
+def recovering(model: Path, text: Path, output: Path) -> dict[str, Any]:
+    """The arguments of `lmpress.compress` for the run that these tests interrupt."""
+    return {"model": model, "recipe": RECOVERING, "output": output, "calibration": str(text)}
+
+
 def start_and_kill(moment: Callable[[], bool], **arguments: Any) -> bool:
     """Run `lmpress.compress` in a forked process, and SIGKILL it at a moment. Whether it was killed."""
     child = os.fork()
@@ -85,12 +90,7 @@ def test_killed_at_random_moments_and_resumed(
     seed: int, deep: Path, text_file: Path, unbroken: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
     expected, seconds = unbroken
-    arguments = {
-        "model": deep,
-        "recipe": RECOVERING,
-        "output": tmp_path / "out",
-        "calibration": str(text_file),
-    }
+    arguments = recovering(deep, text_file, tmp_path / "out")
     draw = random.Random(seed)
 
     def after(share: float) -> Callable[[], bool]:
@@ -106,12 +106,7 @@ def test_killed_at_random_moments_and_resumed(
 def test_finished_blocks_are_not_made_again(
     deep: Path, text_file: Path, unbroken: tuple[dict[str, str], float], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    arguments = {
-        "model": deep,
-        "recipe": RECOVERING,
-        "output": tmp_path / "out",
-        "calibration": str(text_file),
-    }
+    arguments = recovering(deep, text_file, tmp_path / "out")
     journal = tmp_path / "out" / WORK / "journal.jsonl"
     assert start_and_kill(lambda: journal.is_file() and b'"block": 3' in journal.read_bytes(), **arguments)
     made = []
@@ -134,12 +129,7 @@ def test_a_kill_while_publishing(
     tmp_path: Path,
     monkeypatch: Any,
 ) -> None:
-    arguments = {
-        "model": deep,
-        "recipe": RECOVERING,
-        "output": tmp_path / "out",
-        "calibration": str(text_file),
-    }
+    arguments = recovering(deep, text_file, tmp_path / "out")
     original, count = os.replace, 0
 
     def replace(source: Any, target: Any) -> None:
@@ -293,12 +283,7 @@ def test_the_model_itself_is_never_overwritten(tiny: Callable[[str], Path]) -> N
 def test_a_damaged_shard_is_made_again(
     deep: Path, text_file: Path, unbroken: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
-    arguments = {
-        "model": deep,
-        "recipe": RECOVERING,
-        "output": tmp_path / "out",
-        "calibration": str(text_file),
-    }
+    arguments = recovering(deep, text_file, tmp_path / "out")
     journal_path = tmp_path / "out" / WORK / "journal.jsonl"
     assert start_and_kill(
         lambda: journal_path.is_file() and b'"block": 1' in journal_path.read_bytes(), **arguments
