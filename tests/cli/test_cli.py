@@ -196,3 +196,16 @@ def test_no_size() -> None:
     assert parse_bytes(None) is None
     with pytest.raises(RequestError):
         parse_bytes("much")
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmpress import api
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "compress", interrupted)
+    code, stdout, stderr = run("compress", "demo", "-r", "int8", "-o", "nowhere")
+    assert code == 130
+    assert stdout == ""
+    assert "--resume" in stderr

@@ -13,6 +13,9 @@ from lmpress.cli.output import fail
 from lmpress.errors import LmpressError
 from lmpress.version import __version__
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+
 app = typer.Typer(
     name="lmpress",
     no_args_is_help=True,
@@ -56,13 +59,15 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the work failed, 2 the request was wrong."""
     json_mode = "--json" in sys.argv
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into an exit of its own
+            raise KeyboardInterrupt
     except LmpressError as error:
         if _State.traceback:
             raise
         fail(str(error), error.exit_code, json_mode)
     except (KeyboardInterrupt, typer.Abort):
-        fail("interrupted; compress goes on with --resume where it stopped", 130, json_mode)
+        fail("interrupted; compress goes on with --resume where it stopped", INTERRUPTED, json_mode)
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
