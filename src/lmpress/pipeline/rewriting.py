@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -27,14 +27,22 @@ class BlockResult:
     Attributes:
         forms: by linear (relative name), for the linears that a step touched.
         report: by linear, JSON-able; and "neurons" where some were pruned.
+        kept: by linear, the outputs that are left of it, where some were pruned.
     """
 
     forms: dict[str, Form] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 def rewrite_block(
-    block: nn.Module, name: str, layout: Layout, plan: Plan, stream: BlockStream | None, width: int | None
+    block: nn.Module,
+    name: str,
+    layout: Layout,
+    plan: Plan,
+    stream: BlockStream | None,
+    width: int | None,
+    shares: Mapping[str, LeafContext] | None = None,
 ) -> BlockResult:
     """Apply the plan to one block, in place.
 
@@ -44,6 +52,7 @@ def rewrite_block(
         name: the block's full name, such as "model.layers.3".
         stream: the calibration text in front of this block; None where no step needs any.
         width: neurons to keep, or None.
+        shares: by full name, what the modules of the block have of a budget that they share.
     """
     result = BlockResult()
     prune = plan.recipe.steps[plan.neurons] if plan.neurons is not None else None
@@ -52,7 +61,7 @@ def rewrite_block(
             _prune(block, layout, prune, stream, width, result)
         modules = {linear: plan.modules[f"{name}.{linear}"] for linear in site.linears}
         if any(module.steps for module in modules.values()):
-            _rewrite_site(block, name, site, modules, plan, stream, result)
+            _rewrite_site(block, name, site, modules, plan, stream, shares or {}, result)
     _settle(block, layout, plan.dtype, result)
     return result
 
@@ -82,6 +91,7 @@ def _rewrite_site(
     modules: Mapping[str, ModulePlan],
     plan: Plan,
     stream: BlockStream | None,
+    shares: Mapping[str, LeafContext],
     result: BlockResult,
 ) -> None:
     steps = [plan.recipe.steps[i] for module in modules.values() for i in module.steps]
@@ -100,7 +110,8 @@ def _rewrite_site(
         for index in module.steps:
             step = plan.recipe.steps[index]
             assert isinstance(step, FormStep)
-            context = LeafContext(module.granularity.get(index), seed, weight)
+            share = _share(shares.get(f"{name}.{linear}"), result.kept.get(linear))
+            context = replace(share, granularity=module.granularity.get(index), seed=seed, weight=weight)
             rewritten = step.rewrite(form, None if gathered is None else gathered.statistics, context)
             form = rewritten.form
             reports.append({"step": step.kind} | rewritten.report)
@@ -108,6 +119,13 @@ def _rewrite_site(
         set_form(block, linear, form)
         result.forms[linear] = form
         result.report[linear] = _report(before, form, gathered, reports)
+
+
+def _share(share: LeafContext | None, kept: Tensor | None) -> LeafContext:
+    """A module's share of a budget, without the outputs that were pruned."""
+    if share is None or share.sensitivity is None or kept is None:
+        return share or LeafContext()
+    return replace(share, sensitivity=share.sensitivity[kept.to(share.sensitivity.device)])
 
 
 def _prune(
@@ -144,6 +162,7 @@ def _prune(
         kept = None if its_bias is None else its_bias.data[choice.keep]
         set_form(block, linear, Dense(rows), kept)
         result.forms[linear] = Dense(rows)
+        result.kept[linear] = choice.keep
         result.report[linear] = _plain_report(Dense(rows))
     shifted = None if bias is None or choice.bias_delta is None else bias.data + choice.bias_delta.to(bias)
     set_form(block, neurons.output, Dense(choice.output), shifted)
