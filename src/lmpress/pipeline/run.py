@@ -30,7 +30,7 @@ from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.rewriting import rewrite_block, rewrite_outer
 from lmpress.pipeline.source import ModelSource
-from lmpress.pipeline.stream import BlockStream
+from lmpress.pipeline.stream import BlockStream, Original
 from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
 from lmpress.progress import note, track
 from lmpress.recipes import Recipe
@@ -147,11 +147,16 @@ class Run:
         done = {entry["block"]: entry for entry in self.journal.blocks()}
         streamed = self.plan.needs_text and len(done) < self.source.layout.num_blocks
         stream = self._stream(text) if streamed and text is not None else None
+        dense = self._stream(text) if streamed and text is not None and self.plan.needs_original else None
         blocks = self.source.layout.num_blocks
         for i in track(range(blocks), f"Compressing {self.source.name} with {self.recipe.name}"):
+            original = None if dense is None else self._original(dense, i)
             if stream is not None:
                 stream.at_block(i)
-            entry = done.get(i) or self._block(i, stream, None if widths is None else widths[i], allocation)
+            width = None if widths is None else widths[i]
+            entry = done.get(i) or self._block(i, stream, width, allocation, original)
+            if original is not None:
+                original.stream.advance(original.block)
             if stream is not None and i + 1 < blocks:
                 shard = self.staging / entry["file"]
                 stream.advance(restored_block(self.source, i, shard, entry["plan"], self.device))
@@ -249,11 +254,20 @@ class Run:
             device=self.device,
         )
 
+    def _original(self, stream: BlockStream, index: int) -> Original:
+        stream.at_block(index)
+        return Original(stream, self._dense(index))
+
     def _dense(self, index: int) -> nn.Module:
         return dense_block(self.source, index, self.device)
 
     def _block(
-        self, index: int, stream: BlockStream | None, width: int | None, allocation: Allocation | None
+        self,
+        index: int,
+        stream: BlockStream | None,
+        width: int | None,
+        allocation: Allocation | None,
+        original: Original | None,
     ) -> dict[str, Any]:
         layout = self.source.layout
         name, past = layout.block_name(index), self.journal.blocks()
@@ -263,7 +277,7 @@ class Run:
             block = self._dense(index)
             shares = {} if allocation is None else allocation.shares(linears, past, rates)
             try:
-                result = rewrite_block(block, name, layout, self.plan, stream, width, shares)
+                result = rewrite_block(block, name, layout, self.plan, stream, width, shares, original)
             except ValueError as error:
                 raise LmpressError(f"{name}: {error}") from error
             if allocation is None:
@@ -310,7 +324,7 @@ class Run:
         told: dict[str, Any] = {"tokens": entry["allocation"]["tokens"]}
         for key, shared in entry["allocation"]["budgets"].items():
             rates = [block["rates"][key] for block in self.journal.blocks() if key in block.get("rates", {})]
-            facts = {name: value for name, value in shared.items() if name not in ("curves", "bits")}
+            facts = {name: value for name, value in shared.items() if name not in ("curves", "bits", "ranks")}
             if rates:
                 facts["bits_per_weight"] = sum(r["bits"] for r in rates) / sum(r["weights"] for r in rates)
                 facts["predicted"] = sum(r["predicted"] for r in rates) / sum(r["weights"] for r in rates)
