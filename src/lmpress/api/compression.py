@@ -126,6 +126,7 @@ def _execute(run: Run) -> None:
                 staged,
                 manifest,
                 step,
+                run.plan.trained,
                 run.options.calibration,
                 run.recipe.seed,
                 run.plan.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ def recover_checkpoint(
     target: Path,
     manifest: dict[str, Any],
     step: Recover,
+    modules: Sequence[str],
     calibration: str,
     seed: int,
     dtype: torch.dtype,
@@ -38,6 +40,7 @@ def recover_checkpoint(
         staged: the compressed checkpoint.
         target: an empty directory.
         manifest: of the staged checkpoint.
+        modules: full names of the linears that are trained.
         calibration: what text to train on, as for calibration; `self` takes the windows that the model wrote.
         dtype: of the linears that are stored dense.
 
@@ -46,10 +49,6 @@ def recover_checkpoint(
     """
     windows, record = recovery_windows(source, staged, step, calibration, seed)
     model = AutoModelForCausalLM.from_pretrained(staged, dtype=torch.float32).to(device)
-    layout = source.layout
-    modules = [
-        f"{layout.block_name(i)}.{linear}" for i in range(layout.num_blocks) for linear in layout.linears
-    ]
     recovered = train_lora(model, modules, windows, step, seed)
     forms = plan_of(staged)
     changed = {
