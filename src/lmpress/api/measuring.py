@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lmpress.api.loading import load_any
 from lmpress.checkpoint import MANIFEST, is_compressed, model_card, read_json, verify_checkpoint, write_bytes
-from lmpress.corpora import Corpus, evaluation_windows, load_corpus
+from lmpress.corpora import Corpus, evaluation_split, evaluation_windows, load_corpus
 from lmpress.errors import RequestError
 from lmpress.evaluation import (
     Evaluation,
@@ -105,7 +105,7 @@ def evaluate_loaded(
     *,
     throughput: bool,
 ) -> dict[str, Evaluation]:
-    corpora = [load_corpus(spec, split="test") for spec in specs]
+    corpora = [load_corpus(spec, evaluation_split(spec)) for spec in specs]
     model, tokenizer, _ = next(iter(loaded.values()))
     texts = [
         _evaluation_text(corpus, tokenizer, model.config, window, max_tokens, paper_protocol)

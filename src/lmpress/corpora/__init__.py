@@ -1,6 +1,6 @@
 """Where calibration and evaluation text comes from."""
 
-from lmpress.corpora.corpus import Corpus, load_corpus
+from lmpress.corpora.corpus import Corpus, evaluation_split, load_corpus
 from lmpress.corpora.generate import generate_text
 from lmpress.corpora.overlap import fingerprint, ngram_overlap
 from lmpress.corpora.windows import adds_bos, calibration_windows, evaluation_windows
@@ -9,6 +9,7 @@ __all__ = [
     "Corpus",
     "adds_bos",
     "calibration_windows",
+    "evaluation_split",
     "evaluation_windows",
     "fingerprint",
     "generate_text",

@@ -21,6 +21,9 @@ NAMED: dict[str, Callable[[str], tuple[str, ...]]] = {
 }
 """Every corpus that has a name: split -> documents."""
 
+NO_TEST = {"c4": "validation"}
+"""Corpora that were published without a test split, and the split that stands for it."""
+
 ALL = "all"
 """The split of a text that has none."""
 
@@ -75,6 +78,11 @@ def load_corpus(spec: str, split: str = "train") -> Corpus:
     text = _read(path)
     documents = _jsonl_documents(path, text) if path.suffix.lower() == ".jsonl" else (text,)
     return Corpus(f"file:{path.name}", ALL, documents)
+
+
+def evaluation_split(spec: str) -> str:
+    """The split of a named corpus that evaluation reads; calibration reads `train`."""
+    return NO_TEST.get(spec, "test")
 
 
 def _read(path: Path) -> str:
