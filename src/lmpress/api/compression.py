@@ -15,6 +15,7 @@ from lmpress.evaluation import disk_bytes, peak_resident_set
 from lmpress.pipeline import (
     Run,
     RunOptions,
+    check_calibration,
     discard,
     finish_publication,
     make_plan,
@@ -95,6 +96,7 @@ def compress(
     target = Path(output).expanduser()
     options = RunOptions(calibration, device_of(device), memory, resume, force)
     wanted = load_recipe(recipe)  # before the model is looked for: that may take a download
+    check_calibration(calibration)
     run = Run(open_source(model), wanted, target, options)
     fresh = not target.exists()
     if run.prepare():  # a refusal leaves what it found as it was
@@ -137,9 +139,12 @@ def _execute(run: Run) -> None:
     finish_publication(run.output)
 
 
-def plan(model: str | Path, recipe: str | Path | Recipe | Mapping[str, Any]) -> dict[str, Any]:
+def plan(
+    model: str | Path, recipe: str | Path | Recipe | Mapping[str, Any], *, calibration: str = "self"
+) -> dict[str, Any]:
     """What `compress` would do, as JSON, with the bytes to expect; nothing is computed or written."""
     wanted = load_recipe(recipe)
+    check_calibration(calibration)
     source = open_source(model)
     resolved = make_plan(wanted, source)
     predicted = resolved.predicted["bytes"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lmpress.checkpoint import plan_of, read_json, stored_names, write_tensors
-from lmpress.corpora import calibration_windows, fingerprint, load_corpus
+from lmpress.corpora import calibration_windows, fingerprint, load_corpus, split_specs
 from lmpress.errors import RequestError
 from lmpress.forms import Dense, Form
 from lmpress.forms.linear import FormHolder
@@ -107,7 +107,7 @@ def recovery_windows(
         }
     else:
         tokenizer = source.tokenizer()
-        parts = [load_corpus(part.strip()) for part in calibration.split(",") if part.strip()]
+        parts = [load_corpus(part) for part in split_specs(calibration)]
         drawn = []
         for i, corpus in enumerate(parts):
             ids = sum(len(tokenizer(document)["input_ids"]) + 1 for document in corpus.documents)
