@@ -37,8 +37,8 @@ from lmpress.statistics import InputStatistics
 LARGEST_SHIFT = 0.3
 """Thresholds shift by no more than this part of a step."""
 
-SPAN = 13
-"""Octaves of the step that a rate curve spans."""
+KNOTS = (*range(-11, -3), *(half / 2 for half in range(-6, 5)))
+"""Where a rate curve is taken: log2 of the step over the weights' root mean square. It bends at low rates."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,58 @@ def entropy_quantize(
         "output_error": relative_loss(target, codes * row.float() * column.float(), hessian),
     }
     return Rewritten(form, report)
+
+
+def entropy_round(
+    weight: Tensor, bits: float, options: EntropyOptions, *, sensitivity: float | Tensor = 1.0
+) -> Rewritten:
+    """Round `weight` (out, in) to a grid whose codes take `bits` a weight once they are coded.
+
+    For tables that are looked up, whose inputs have no Hessian: one step for all entries is the best trade of
+    squared error for bits, and short rows take fewer of them.
+
+    Args:
+        bits: all that is stored, over the number of weights; the result is at most this, and near to it.
+        sensitivity: one number, or one a row (out,): how much an error there counts.
+
+    Returns:
+        An `EntropyCoded` form; the report has `bits_per_weight`, `code_bytes`, `zeros`, and `weight_error` =
+        ||W - W'|| / ||W||.
+
+    Raises:
+        ValueError: a weight that is not finite, or bits that cannot be met, with the least that can.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight holds NaN or infinity")
+    rows, columns = weight.shape
+    flat = torch.ones(columns, device=weight.device)
+    shape = step_shape(rows, flat, sensitivity, options)
+    target = weight.float()
+    by_row, by_column = _deviations(target)
+
+    def coded(step: float) -> tuple[EntropyCoded, Tensor]:
+        row = (shape.row.float() * (step * shape.unit)).to(shape.row.dtype)
+        size = row.float() * shape.column.float()
+        codes = _round(target / size, by_row[:, None] * by_column / size, options.dead_zone)
+        return EntropyCoded.from_codes(codes, row, shape.column, options.chunk_size), codes
+
+    curve = rate_curve(target, flat, options, sensitivity=sensitivity, sample_rows=4096)
+    start = solve_step([curve], bits)
+    step, _ = refine_step(
+        lambda step: coded(step)[0].bits_per_weight, start, bits, tolerance=0.005 * max(1.0, bits)
+    )
+    form, codes = coded(step)
+    norm = float(target.double().norm())
+    error = float((target - form.dense()).double().norm())
+    return Rewritten(
+        form,
+        {
+            "bits_per_weight": form.bits_per_weight,
+            "code_bytes": form.itemsize,
+            "zeros": float((codes == 0).float().mean()) if codes.numel() else 0.0,
+            "weight_error": error / norm if norm else 0.0,
+        },
+    )
 
 
 def step_shape(
@@ -273,7 +325,7 @@ def rate_curve(
     options: EntropyOptions,
     *,
     sensitivity: float | Tensor = 1.0,
-    sample_rows: int = 256,
+    sample_rows: int = 128,
 ) -> RateCurve:
     """The rate of `weight` (out, in) at every step, from `sample_rows` of its rows, within about one percent.
 
@@ -295,8 +347,8 @@ def rate_curve(
     deviation = by_row[:, None] * by_column
     middle = math.log2(max(float(scaled.square().mean().sqrt()), 1e-30))
     log_steps, bits = [], []
-    for half in range(2 * SPAN + 1):
-        log_steps.append(middle - SPAN + 2 + half / 2)
+    for octave in KNOTS:
+        log_steps.append(middle + octave)
         size: float | Tensor = math.exp2(log_steps[-1])
         if options.largest_code is not None:
             size = (scaled.abs().amax(0) / options.largest_code).clamp_min(size)

@@ -28,6 +28,12 @@ class Activations:
             self._data = torch.from_file(self._file.name, shared=True, size=size // 4).view(shape)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(samples, seq_len, width)."""
+        samples, tokens, width = self._data.shape
+        return samples, tokens, width
+
+    @property
     def on_disk(self) -> bool:
         """Whether the states are mapped from a file."""
         return self._file is not None

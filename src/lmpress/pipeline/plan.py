@@ -16,6 +16,7 @@ from lmpress.pipeline.prediction import ModulePlan, predict
 from lmpress.pipeline.source import ModelSource
 from lmpress.recipes import (
     Correct,
+    EntropyQuantize,
     FormStep,
     PruneNeurons,
     Quantize,
@@ -52,6 +53,20 @@ class Plan:
     def needs_text(self) -> bool:
         """Whether any step looks at calibration text (recovery aside)."""
         return any(step.needs_statistics for step in self.recipe.steps)
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the dense model has to be run beside the compressed one."""
+        return any(step.needs_original for step in self.recipe.steps)
+
+    @property
+    def budgets(self) -> dict[int, tuple[str, ...]]:
+        """The modules that share a budget of bits, by the index of the step that gives it out."""
+        shared: dict[int, tuple[str, ...]] = {}
+        for index, step in enumerate(self.recipe.steps):
+            if step.shares_budget:
+                shared[index] = tuple(name for name, m in self.modules.items() if index in m.steps)
+        return shared
 
     @property
     def recovers(self) -> bool:
@@ -171,8 +186,8 @@ def _check_order(recipe: Recipe, index: int, name: str, module: ModulePlan, layo
     place = f"recipe {recipe.name}: step {index + 1} ({step.kind}) targets {step.targets!r}, and so {name}"
     if step.blocks_only and name in (layout.embedding, layout.head):
         raise RequestError(f"{place}; {step.kind} works on the linears of the blocks, not on embeddings")
-    earlier = next((i for i in module.steps if isinstance(recipe.steps[i], Quantize)), None)
-    if earlier is not None and isinstance(step, Svd | Quantize):
+    earlier = next((i for i in module.steps if isinstance(recipe.steps[i], Quantize | EntropyQuantize)), None)
+    if earlier is not None and isinstance(step, Svd | Quantize | EntropyQuantize):
         raise RequestError(f"{place}, which step {earlier + 1} quantizes; let their targets not overlap")
     fault = conflict(step, [recipe.steps[i] for i in module.steps])
     if fault is not None:

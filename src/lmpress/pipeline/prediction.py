@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from lmpress.methods.sslc import SPLITS, split_budget
 from lmpress.pipeline.source import ModelSource
 from lmpress.recipes import (
     Correct,
+    EntropyQuantize,
     Pivot,
     Quantize,
     Recipe,
@@ -51,9 +52,10 @@ class Leaf:
         kept: values that are stored; None for all of them.
         even: whether every row keeps as many.
         pattern: (n, m), or None for a bitmap, where `kept` is given.
-        bits: of a code; None for floating point.
+        bits: of a code; None for floating point. A share of a bit is a mean, scales and all included.
         granularity: of the grid.
         symmetric: no zero points.
+        coded: `bits` is what all together takes a weight.
     """
 
     rows: int
@@ -61,9 +63,10 @@ class Leaf:
     kept: int | None = None
     even: bool = False
     pattern: tuple[int, int] | None = None
-    bits: int | None = None
+    bits: int | float | None = None
     granularity: str = "channel"
     symmetric: bool = True
+    coded: bool = False
 
     def bytes(self, itemsize: int) -> int:
         """What it takes, with `itemsize` bytes a floating-point weight and 2 a scale."""
@@ -75,11 +78,14 @@ class Leaf:
             rows, columns = (rows, self.kept // max(1, rows)) if self.even else (1, self.kept)
         if self.bits is None:
             return mask + rows * columns * itemsize
+        if self.coded:
+            return mask + round(rows * columns * self.bits / 8)
         kind, size = parse_granularity(self.granularity)
         scales = 1 if kind == "tensor" else self.rows * (self.columns // size if size else 1)
-        zeros = 0 if self.symmetric else packed_width(scales, self.bits)
+        bits = int(self.bits)
+        zeros = 0 if self.symmetric else packed_width(scales, bits)
         beside = 2 if self.kept is not None and kind != "tensor" and not self._plain(size) else 0
-        return mask + rows * packed_width(columns, self.bits) + 2 * scales + zeros + beside
+        return mask + rows * packed_width(columns, bits) + 2 * scales + zeros + beside
 
     def _plain(self, size: int | None) -> bool:
         """Whether the scales of a sparse matrix are those of its values, with no scale of one beside them."""
@@ -159,9 +165,12 @@ def _after(
         return max(splits, key=lambda split: sum(leaf.bytes(itemsize) for leaf in split)), False
     if isinstance(step, Correct):
         return leaves + _factors(shape, step.rank, step.bits, step.granularity), True
+    if isinstance(step, EntropyQuantize) or step.shares_budget:
+        bits = cast(EntropyQuantize | Quantize, step).bits
+        return [replace(f, bits=bits, coded=True) for f in leaves], False
     if isinstance(step, Quantize):
-        grid = granularity or step.granularity
-        return [replace(f, bits=step.bits, granularity=grid, symmetric=step.symmetric) for f in leaves], True
+        grid, bits = granularity or step.granularity, step.uniform_bits
+        return [replace(f, bits=bits, granularity=grid, symmetric=step.symmetric) for f in leaves], True
     return leaves, True
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from lmpress.checkpoint import MANIFEST, read_header, read_json, sha256_file, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
+from lmpress.pipeline.allocation import Allocation, survey_budgets
 from lmpress.pipeline.assemble import CALIBRATION, assemble, discard, publish, remove_stale, written_files
 from lmpress.pipeline.blocks import (
     Descriptions,
@@ -29,11 +30,18 @@ from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.rewriting import rewrite_block, rewrite_outer
 from lmpress.pipeline.source import ModelSource
-from lmpress.pipeline.stream import BlockStream
+from lmpress.pipeline.stream import BlockStream, Original
 from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
 from lmpress.progress import note, track
 from lmpress.recipes import Recipe
 from lmpress.version import __version__
+
+SENSITIVITY = "sensitivity.safetensors"
+"""In the work directory: what the survey of the gradients told, for a resumed run."""
+
+
+ATTEMPTS = 2
+"""A block whose bits were predicted badly is done again, once."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +143,20 @@ class Run:
         text = self._text() if self.plan.needs_text or written else None
         outer = self._outer()
         widths = self._widths(text)
+        allocation = self._allocation(text)
         done = {entry["block"]: entry for entry in self.journal.blocks()}
         streamed = self.plan.needs_text and len(done) < self.source.layout.num_blocks
-        stream = self._stream(text) if streamed else None
+        stream = self._stream(text) if streamed and text is not None else None
+        dense = self._stream(text) if streamed and text is not None and self.plan.needs_original else None
         blocks = self.source.layout.num_blocks
         for i in track(range(blocks), f"Compressing {self.source.name} with {self.recipe.name}"):
+            original = None if dense is None else self._original(dense, i)
             if stream is not None:
                 stream.at_block(i)
-            entry = done.get(i) or self._block(i, stream, None if widths is None else widths[i])
+            width = None if widths is None else widths[i]
+            entry = done.get(i) or self._block(i, stream, width, allocation, original)
+            if original is not None:
+                original.stream.advance(original.block)
             if stream is not None and i + 1 < blocks:
                 shard = self.staging / entry["file"]
                 stream.advance(restored_block(self.source, i, shard, entry["plan"], self.device))
@@ -194,7 +208,6 @@ class Run:
             assert text is not None
             part = survey_samples(text.windows.shape[0])
             stream = self._stream(CalibrationText(text.windows[:part], text.record))
-            assert stream is not None
             try:
                 survey = survey_widths(self.plan, self.source, stream, self._dense)
             except ValueError as error:
@@ -203,16 +216,37 @@ class Run:
             return list(survey["widths"])
         return list(entry["survey"]["widths"])
 
-    def _stream(self, text: CalibrationText | None) -> BlockStream | None:
-        if text is None:
+    def _allocation(self, text: CalibrationText | None) -> Allocation | None:
+        """How the modules share their budgets of bits; decided once, and kept for a resumed run."""
+        if not self.plan.budgets:
             return None
+        path = self.work / SENSITIVITY
+        entry = self.journal.find("allocation")
+        if entry is None or not path.is_file():
+            assert text is not None
+            part = survey_samples(text.windows.shape[0])
+            stream = self._stream(CalibrationText(text.windows[:part], text.record))
+            try:
+                survey, sensitivity = survey_budgets(
+                    self.plan, stream, self._outer_model(), self._dense, self.work
+                )
+            except ValueError as error:
+                raise LmpressError(f"the survey of the blocks: {error}") from error
+            write_tensors(path, sensitivity)
+            entry = {"allocation": survey}
+            self.journal.append(entry)
+        return Allocation.from_entry(entry["allocation"], load_file(path), self.plan)
+
+    def _outer_model(self) -> Any:
         entry = self.journal.find("outer")
         assert entry is not None
-        outer = restored_outer(self.source, self.staging / entry["file"], entry["plan"], self.device)
+        return restored_outer(self.source, self.staging / entry["file"], entry["plan"], self.device)
+
+    def _stream(self, text: CalibrationText) -> BlockStream:
         tokens = text.windows.shape[1]
         return BlockStream(
             self.source,
-            outer,
+            self._outer_model(),
             text.windows,
             batch=max(1, 4096 // tokens),
             budget=None if self.options.memory is None else self.options.memory // 4,
@@ -220,20 +254,43 @@ class Run:
             device=self.device,
         )
 
+    def _original(self, stream: BlockStream, index: int) -> Original:
+        stream.at_block(index)
+        return Original(stream, self._dense(index))
+
     def _dense(self, index: int) -> nn.Module:
         return dense_block(self.source, index, self.device)
 
-    def _block(self, index: int, stream: BlockStream | None, width: int | None) -> dict[str, Any]:
-        name = self.source.layout.block_name(index)
-        block = self._dense(index)
-        try:
-            result = rewrite_block(block, name, self.source.layout, self.plan, stream, width)
-        except ValueError as error:
-            raise LmpressError(f"{name}: {error}") from error
+    def _block(
+        self,
+        index: int,
+        stream: BlockStream | None,
+        width: int | None,
+        allocation: Allocation | None,
+        original: Original | None,
+    ) -> dict[str, Any]:
+        layout = self.source.layout
+        name, past = layout.block_name(index), self.journal.blocks()
+        linears = [f"{name}.{linear}" for linear in layout.linears]
+        rates: dict[str, Any] = {}
+        for _ in range(ATTEMPTS):
+            block = self._dense(index)
+            shares = {} if allocation is None else allocation.shares(linears, past, rates)
+            try:
+                result = rewrite_block(block, name, layout, self.plan, stream, width, shares, original)
+            except ValueError as error:
+                raise LmpressError(f"{name}: {error}") from error
+            if allocation is None:
+                break
+            forms = {f"{name}.{linear}": form for linear, form in result.forms.items()}
+            rates = allocation.rates(forms, shares)
+            if allocation.settled(rates, past):
+                break
         stored = block_tensors(self.source, index, block, self.plan.dtype)
         plan = {f"{name}.{linear}": form.describe() for linear, form in result.forms.items()}
         report = {f"{name}.{linear}": told for linear, told in result.report.items()}
-        return self._finish(index + 1, stored, {"block": index, "plan": plan, "report": report})
+        entry = {"block": index, "plan": plan, "report": report}
+        return self._finish(index + 1, stored, entry | ({"rates": rates} if rates else {}))
 
     def _finish(self, number: int, stored: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
         """Write a shard, and then, only then, its line in the journal."""
@@ -254,9 +311,25 @@ class Run:
             "calibration": [] if text is None else [text.record],
             "sizes": sizes(self.source, self.staging, plan),
             "survey": None if survey is None else survey["survey"],
+            "allocation": self._told_allocation(),
             "modules": {name: told for entry in entries for name, told in entry["report"].items()},
         }
         return assemble(self.source, self.staging, plan, manifest)
+
+    def _told_allocation(self) -> dict[str, Any] | None:
+        """For the manifest: what came of each budget; the bits of a module are in its report."""
+        entry = self.journal.find("allocation")
+        if entry is None:
+            return None
+        told: dict[str, Any] = {"tokens": entry["allocation"]["tokens"]}
+        for key, shared in entry["allocation"]["budgets"].items():
+            rates = [block["rates"][key] for block in self.journal.blocks() if key in block.get("rates", {})]
+            facts = {name: value for name, value in shared.items() if name not in ("curves", "bits", "ranks")}
+            if rates:
+                facts["bits_per_weight"] = sum(r["bits"] for r in rates) / sum(r["weights"] for r in rates)
+                facts["predicted"] = sum(r["predicted"] for r in rates) / sum(r["weights"] for r in rates)
+            told[f"step {int(key) + 1}"] = facts
+        return told
 
 
 def sizes(source: ModelSource, directory: Path, plan: Descriptions) -> dict[str, Any]:

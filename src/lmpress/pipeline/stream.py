@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lmpress.families import Site
+from lmpress.families import Layout, Site
 from lmpress.pipeline.activations import Activations
 from lmpress.pipeline.source import ModelSource
 from lmpress.statistics import InputStatistics, StatisticsAccumulator
@@ -35,6 +36,19 @@ class Gathered:
 
     statistics: InputStatistics
     sample: Tensor
+
+
+@dataclass(frozen=True)
+class Original:
+    """The dense model beside the compressed one, at the same block.
+
+    Attributes:
+        stream: the calibration text in front of the block, as the dense model sees it.
+        block: the dense block.
+    """
+
+    stream: BlockStream
+    block: nn.Module
 
 
 @dataclass
@@ -123,7 +137,7 @@ class BlockStream:
                 )
             )
         try:
-            for rows in islice(self._batches(), batches):
+            for rows in islice(self.batches(), batches):
                 output = self._run(block, rows)
                 if advance and output is not None:
                     self.states[rows] = output
@@ -138,15 +152,44 @@ class BlockStream:
 
     def advance(self, block: nn.Module) -> None:
         """Run the text through the finished `block`: its outputs become the inputs of the next one."""
-        for rows in self._batches():
+        for rows in self.batches():
             output = self._run(block, rows)
             assert output is not None
             self.states[rows] = output
 
+    def cross(self, block: nn.Module, linear: str, original: Original, kept: Tensor | None = None) -> Tensor:
+        """C = E[(x_fp - x) x^T] (in, in), x being the input of `linear` in `block`, and x_fp in the original.
+
+        Args:
+            kept: the channels of x_fp that x still has; None for all.
+        """
+        total, count = torch.zeros(()), 0
+        caught: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            caught.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
+            raise _Stop
+
+        pair = (self, block), (original.stream, original.block)
+        handles = [b.get_submodule(linear).register_forward_pre_hook(hook) for _, b in pair]
+        try:
+            for rows in self.batches():
+                caught.clear()
+                for stream, run in pair:
+                    stream._run(run, rows)
+                x, dense = caught
+                dense = dense if kept is None else dense[:, kept]
+                total = total + (dense - x).T @ x
+                count += x.shape[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return total / max(1, count)
+
     def energy(self) -> float:
         """Mean squared norm of a token's hidden state."""
         total, count = 0.0, 0
-        for rows in self._batches():
+        for rows in self.batches():
             states = self.states[rows]
             total += float(states.double().square().sum())
             count += states.shape[:-1].numel()
@@ -158,60 +201,75 @@ class BlockStream:
 
     def _enter(self, outer: Any, budget: int | None, directory: Path) -> None:
         """Run what stands before the blocks, and learn how the model calls them."""
-        catchers = nn.ModuleList(
-            _Catcher(block, i, self._caught) for i, block in enumerate(_blocks(outer, self.layout))
-        )
-        parent, _, name = self.layout.blocks.rpartition(".")
-        original = _blocks(outer, self.layout)
-        setattr(outer.get_submodule(parent), name, catchers)
         shape = (*self.windows.shape, outer.config.hidden_size)
         self.states = Activations(shape, budget, directory)
         self._index = 0
-        try:
-            for rows in self._batches():
+        with replaced_blocks(outer, self.layout, self._caught):
+            for rows in self.batches():
                 self._rows = rows
                 try:
                     with torch.no_grad():
                         outer.base_model(input_ids=self.windows[rows].to(self.device), use_cache=False)
                 except _Stop:
                     pass
-        finally:
-            setattr(outer.get_submodule(parent), name, original)
 
-    def _caught(self, index: int, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _caught(self, index: int, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if index == 0:
             self.states[self._rows] = states
         self._calls.setdefault(self._key(index, self._rows), _Call(args, kwargs))
         if index == self.layout.num_blocks - 1:
             raise _Stop
+        return states
 
     def _key(self, index: int, rows: slice) -> tuple[int, int]:
         """No window is padded, so how a block is called depends on the size of the batch alone."""
         return index, rows.stop - rows.start
 
-    def _run(self, block: nn.Module, rows: slice) -> Tensor | None:
+    def call(self, block: nn.Module, rows: slice, states: Tensor) -> Tensor:
+        """What `block` makes of the hidden `states` of some windows, called as the model would call it."""
         call = self._calls[self._key(self._index, rows)]
-        try:
-            with torch.no_grad():
-                output = block(self.states[rows].to(self.device), *call.args, **call.kwargs)
-        except _Stop:
-            return None
+        output = block(states, *call.args, **call.kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
-    def _batches(self) -> Iterator[slice]:
+    def _run(self, block: nn.Module, rows: slice) -> Tensor | None:
+        try:
+            with torch.no_grad():
+                return self.call(block, rows, self.states[rows].to(self.device))
+        except _Stop:
+            return None
+
+    def batches(self) -> Iterator[slice]:
+        """The windows that run together."""
         samples = self.windows.shape[0]
         for start in range(0, samples, self.batch):
             yield slice(start, min(start + self.batch, samples))
 
 
-class _Catcher(nn.Module):
-    """Stands in for a block: tells how it is called, and hands its input on."""
+Stand = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+"""What stands in for all blocks: (index, hidden states, further arguments) -> hidden states."""
 
-    def __init__(self, block: nn.Module, index: int, tell: Callable[..., None]) -> None:
+
+@contextmanager
+def replaced_blocks(outer: Any, layout: Layout, stand: Stand) -> Iterator[None]:
+    """The model with `stand` in the place of its blocks, for as long as the context is open."""
+    parent, _, name = layout.blocks.rpartition(".")
+    original = outer.get_submodule(layout.blocks)
+    substitutes = nn.ModuleList(_Substitute(block, i, stand) for i, block in enumerate(original))
+    setattr(outer.get_submodule(parent), name, substitutes)
+    try:
+        yield
+    finally:
+        setattr(outer.get_submodule(parent), name, original)
+
+
+class _Substitute(nn.Module):
+    """Stands in for a block: tells how it is called, and gives what it is told to."""
+
+    def __init__(self, block: nn.Module, index: int, stand: Stand) -> None:
         super().__init__()
         self.__dict__["_block"] = block  # not as a child: it has no weights here
         self._index = index
-        self._tell = tell
+        self._stand = stand
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -220,17 +278,12 @@ class _Catcher(nn.Module):
             return getattr(self.__dict__["_block"], name)
 
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._tell(self._index, states, args, kwargs)
-        return states
+        return self._stand(self._index, states, args, kwargs)
 
 
 def _sample(x: Tensor) -> Tensor:
     """The first rows of a batch of inputs, (<= SAMPLE_TOKENS, n)."""
     return x.detach().reshape(-1, x.shape[-1])[:SAMPLE_TOKENS].float().clone()
-
-
-def _blocks(model: Any, layout: Any) -> Any:
-    return model.get_submodule(layout.blocks)
 
 
 def _inputs(block: nn.Module, linear: str) -> int:

@@ -11,6 +11,7 @@ from lmpress.recipes.schema import (
 from lmpress.recipes.steps import (
     STEPS,
     Correct,
+    EntropyQuantize,
     FormStep,
     LeafContext,
     LeafStep,
@@ -29,6 +30,7 @@ __all__ = [
     "STEPS",
     "Calibration",
     "Correct",
+    "EntropyQuantize",
     "FormStep",
     "LeafContext",
     "LeafStep",

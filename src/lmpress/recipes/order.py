@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lmpress.methods.patterns import check_grid_fits
 from lmpress.recipes.steps import (
     Correct,
+    EntropyQuantize,
     FormStep,
     Pivot,
     PruneNeurons,
@@ -47,8 +48,13 @@ def conflict(step: Step, earlier: Sequence[Step]) -> str | None:
         return "correct makes up for what earlier steps took away, and there is none for these modules"
     if isinstance(step, Quantize):
         return _before_quantize(step, earlier)
+    if isinstance(step, EntropyQuantize):
+        return _before_entropy(earlier)
     if isinstance(step, Recover) and step.keep == "merge":
-        other = next((s.kind for s in earlier if isinstance(s, Sparsify | SparseLowRank | Pivot)), None)
+        other = next(
+            (s.kind for s in earlier if isinstance(s, Sparsify | SparseLowRank | Pivot | EntropyQuantize)),
+            None,
+        )
         return (
             f"an update cannot be merged into what {other} makes; let recover have keep: term"
             if other
@@ -59,7 +65,7 @@ def conflict(step: Step, earlier: Sequence[Step]) -> str | None:
 
 def _before_quantize(step: Quantize, earlier: Sequence[Step]) -> str | None:
     for s in earlier:
-        if isinstance(s, Quantize):  # named by number in the plan, which sees the modules
+        if isinstance(s, Quantize | EntropyQuantize):  # named by number in the plan, which sees the modules
             continue
         has_bits = isinstance(s, Sparsify | SparseLowRank | Correct) and s.bits is not None
         if has_bits or (isinstance(s, SparseLowRank) and s.factor_bits is not None):
@@ -74,8 +80,19 @@ def _before_quantize(step: Quantize, earlier: Sequence[Step]) -> str | None:
     return None
 
 
+def _before_entropy(earlier: Sequence[Step]) -> str | None:
+    for s in earlier:
+        if isinstance(s, Sparsify | SparseLowRank):
+            return f"an entropy coder stores zeros at what they are worth; leave {s.kind} out"
+        if isinstance(s, Correct) and s.bits is not None:
+            return "correct with bits has quantized these modules already; leave one of the two out"
+    return None
+
+
 def _quantized(what: str, earlier: Sequence[Step]) -> str | None:
     for s in earlier:
-        if isinstance(s, Quantize) or (isinstance(s, SparseLowRank) and s.factor_bits is not None):
+        if isinstance(s, Quantize | EntropyQuantize) or (
+            isinstance(s, SparseLowRank) and s.factor_bits is not None
+        ):
             return f"{what} comes before the factors are quantized by {s.kind}"
     return None

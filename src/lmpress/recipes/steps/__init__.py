@@ -10,7 +10,7 @@ from lmpress.recipes.steps.base import (
     in_storage,
     options_of,
 )
-from lmpress.recipes.steps.bits import HYBRIDS, Quantize
+from lmpress.recipes.steps.bits import HYBRIDS, EntropyQuantize, Quantize
 from lmpress.recipes.steps.factors import Correct, Pivot, Svd
 from lmpress.recipes.steps.recovery import Recover
 from lmpress.recipes.steps.sparsity import SparseLowRank, Sparsify
@@ -24,6 +24,7 @@ STEPS: dict[str, type[Step]] = {
     "sparsify": Sparsify,
     "sparse_low_rank": SparseLowRank,
     "quantize": Quantize,
+    "entropy_quantize": EntropyQuantize,
     "correct": Correct,
     "recover": Recover,
 }
@@ -33,6 +34,7 @@ __all__ = [
     "HYBRIDS",
     "STEPS",
     "Correct",
+    "EntropyQuantize",
     "FormStep",
     "LeafContext",
     "LeafStep",

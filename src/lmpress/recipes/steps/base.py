@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from lmpress.forms import Form, LowRank, Pivoted, Sum
+from lmpress.forms import Dense, Form, LowRank, Pivoted, Sum
 from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import parse_granularity
 from lmpress.statistics import InputStatistics
@@ -55,6 +55,16 @@ class Step(Strict):
         """Whether calibration has to be run for this step at all."""
         return self.needs_hessian
 
+    @property
+    def needs_original(self) -> bool:
+        """Whether the dense model has to be run beside the compressed one."""
+        return False
+
+    @property
+    def shares_budget(self) -> bool:
+        """Whether its modules share one budget of bits, by how sensitive the model is to each."""
+        return False
+
     @field_validator("targets")
     @classmethod
     def _targets_are_named(cls, value: str) -> str:
@@ -72,11 +82,29 @@ class LeafContext:
         seed: for methods that draw; the same for the same module in every run.
         weight: the module's dense weight (out, in) before the first step that rewrites forms: what its
             output should come back to. Pruned neurons are gone from it.
+        bits: the share of a budget that all modules have in common, where it is given out in whole bits.
+        grid_step: the step of all grids, where the budget is met by one step for all.
+        sensitivity: mean squared gradient of the model's loss by each output, (out,); None where nobody
+            asked for it.
+        cross: E[(x_fp - x) x^T] (in, in), x being the input of the module and x_fp that of the dense model;
+            None where nobody asked for it, and behind a factor.
+        rank: the share of a budget of parameters; 0 where the weight is better left dense.
     """
 
     granularity: str | None = None
     seed: int = 0
     weight: Tensor | None = None
+    bits: int | None = None
+    grid_step: float | None = None
+    sensitivity: Tensor | None = None
+    cross: Tensor | None = None
+    rank: int | None = None
+
+    def behind(self, matrix: Tensor) -> LeafContext:
+        """The context of a factor whose outputs (r,) go through `matrix` (out, r) to become the module's."""
+        if self.sensitivity is None:
+            return self
+        return replace(self, sensitivity=matrix.float().square().T @ self.sensitivity.float())
 
 
 class FormStep(Step, ABC):
@@ -101,12 +129,14 @@ class LeafStep(FormStep):
         statistics of what `right` has just become. So are the coefficients of Pivoted behind its basis.
         """
         if isinstance(form, LowRank):
-            right, left = self._chained(form.right, form.left, statistics, context)
+            inner = context.behind(form.left.dense())
+            right, left = self._chained(form.right, form.left, statistics, inner, context)
             return Rewritten(
                 LowRank(left.form, right.form), right.report | {"left": left.report, "right": right.report}
             )
         if isinstance(form, Pivoted):
-            basis, rest = self._chained(form.basis, form.coefficients, statistics, context)
+            inner, outer = _pivoted_contexts(form, context)
+            basis, rest = self._chained(form.basis, form.coefficients, statistics, inner, outer)
             return Rewritten(
                 Pivoted(basis.form, rest.form, form.index),
                 basis.report | {"basis": basis.report, "coefficients": rest.report},
@@ -117,12 +147,26 @@ class LeafStep(FormStep):
         return self.rewrite_leaf(form, statistics, context)
 
     def _chained(
-        self, first: Form, second: Form, statistics: InputStatistics | None, context: LeafContext
+        self,
+        first: Form,
+        second: Form,
+        statistics: InputStatistics | None,
+        inner: LeafContext,
+        outer: LeafContext,
     ) -> tuple[Rewritten, Rewritten]:
-        """Two forms that run one after the other, the second on what the first gives."""
-        before = self.rewrite(first, statistics, context)
-        inner = None if statistics is None else statistics.through(before.form.dense())
-        return before, self.rewrite(second, inner, context)
+        """Two forms that run one after the other, the second on what the first gives; each in its context."""
+        before = self.rewrite(first, statistics, inner)
+        between = None if statistics is None else statistics.through(before.form.dense())
+        return before, self.rewrite(second, between, replace(outer, cross=None))
+
+
+def _pivoted_contexts(form: Pivoted, context: LeafContext) -> tuple[LeafContext, LeafContext]:
+    """Of the basis, whose outputs are outputs of the module and inputs of the rest; and of the rest."""
+    if context.sensitivity is None:
+        return context, context
+    pivots = form.pivots().to(context.sensitivity.device)
+    through = replace(form, basis=Dense(torch.eye(form.rank, device=pivots.device))).dense()
+    return context.behind(through), replace(context, sensitivity=context.sensitivity[~pivots])
 
 
 def group_of(granularity: str) -> dict[str, int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lmpress.forms import Dense, Form, NofM, Sparse
+from lmpress.methods.entropy_quantization import EntropyOptions, entropy_quantize, entropy_round
 from lmpress.methods.gptq import GptqOptions, gptq
 from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import RoundOptions, parse_granularity, round_to_nearest
@@ -37,12 +38,18 @@ class Quantize(LeafStep):
         order: of gptq's columns: `group-aware` (largest inputs first, with contiguous groups), `activation`
             or `none`.
         sweeps: of gptq: passes of coordinate descent afterwards.
+        allocation: `uniform` gives every module the same bits. `mixed` takes `bits` as what all modules
+            together may take a weight, scales included, such as 4.25, and gives each 2 to 8 bits of its own:
+            the least loss that the model is expected to have, by an exact knapsack.
+        asymmetry: of gptq: how far to move towards the outputs of the dense model, 0 to 1 (GPTAQ, arXiv
+            2504.02692): errors of the blocks before are made up for. Calibration takes twice as long.
         percentile: of the out-dimensions, from which on `percentile` takes `channel`.
         std_factor: `meanstd` takes `channel` from mean + std_factor * standard deviation on.
     """
 
     kind: ClassVar[str] = "quantize"
-    bits: Annotated[int, Field(ge=2, le=8)] = 8
+    bits: Annotated[int | float, Field(ge=2, le=9)] = 8
+    allocation: Literal["uniform", "mixed"] = "uniform"
     granularity: str = "channel"
     symmetric: bool = True
     solver: Literal["round", "gptq"] = "round"
@@ -50,6 +57,7 @@ class Quantize(LeafStep):
     damping: Annotated[float, Field(ge=0, le=1)] = 0.03
     order: Literal["group-aware", "activation", "none"] = "group-aware"
     sweeps: Annotated[int, Field(ge=0, le=100)] = 0
+    asymmetry: Annotated[float, Field(ge=0, le=1)] = 0.0
     percentile: Annotated[float, Field(ge=0, le=100)] = 50.0
     std_factor: float = 0.5
 
@@ -60,13 +68,36 @@ class Quantize(LeafStep):
             parse_granularity(value)
         return value
 
+    @model_validator(mode="after")
+    def _bits_are_whole(self) -> Quantize:
+        if self.allocation == "uniform" and (self.bits > 8 or self.bits != int(self.bits)):
+            raise ValueError("bits are 2, 3, ... 8; a share of a bit takes allocation: mixed")
+        if self.allocation == "mixed" and self.hybrid:
+            raise ValueError("allocation: mixed takes granularity tensor, channel or group:N")
+        if self.allocation == "mixed" and self.targets == "embeddings":
+            raise ValueError("allocation: mixed is for the linears of the blocks")
+        return self
+
+    @property
+    def uniform_bits(self) -> int:
+        """The bits of every code, where all modules have the same."""
+        return int(self.bits)
+
+    @property
+    def shares_budget(self) -> bool:
+        return self.allocation == "mixed"
+
     @property
     def column_groups(self) -> dict[str, int]:
         return {} if self.hybrid else group_of(self.granularity)
 
     @property
     def needs_hessian(self) -> bool:
-        return self.solver == "gptq" and self.targets != "embeddings"
+        return (self.solver == "gptq" or self.shares_budget) and self.targets != "embeddings"
+
+    @property
+    def needs_original(self) -> bool:
+        return self.solver == "gptq" and self.asymmetry > 0
 
     @property
     def hybrid(self) -> bool:
@@ -74,9 +105,9 @@ class Quantize(LeafStep):
         return self.granularity in HYBRIDS
 
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
-        granularity = context.granularity or self.granularity
+        granularity, bits = context.granularity or self.granularity, context.bits or self.uniform_bits
         if isinstance(leaf, Sparse) and isinstance(leaf.values, Dense):
-            return self._survivors(leaf, statistics, granularity)
+            return self._survivors(leaf, statistics, granularity, bits)
         if not isinstance(leaf, Dense):
             raise ValueError(f"quantize takes dense weights, and this one is already {leaf.formula}")
         if self.solver == "gptq" and statistics is not None:
@@ -84,25 +115,29 @@ class Quantize(LeafStep):
                 leaf.weight.float(),
                 statistics,
                 GptqOptions(
-                    bits=self.bits,
+                    bits=bits,
                     granularity=granularity,
                     symmetric=self.symmetric,
                     damping=self.damping,
                     order=self.order,
                     clip=self.clip,
                     sweeps=self.sweeps,
+                    asymmetry=self.asymmetry,
                 ),
+                context.cross if self.needs_original else None,
             )
-        options = RoundOptions(self.bits, granularity, self.symmetric, clip=self.clip)
+        options = RoundOptions(bits, granularity, self.symmetric, clip=self.clip)
         return round_to_nearest(leaf.weight, statistics, options)
 
-    def _survivors(self, form: Sparse, statistics: InputStatistics | None, granularity: str) -> Rewritten:
+    def _survivors(
+        self, form: Sparse, statistics: InputStatistics | None, granularity: str, bits: int
+    ) -> Rewritten:
         if self.solver != "gptq" or statistics is None:
             raise ValueError(SURVIVORS_NEED_GPTQ)
         pattern = form.pattern.name if isinstance(form.pattern, NofM) else "unstructured"
         options = SparseGptOptions(
             pattern=pattern,
-            bits=self.bits,
+            bits=bits,
             granularity=granularity,
             symmetric=self.symmetric,
             clip=self.clip,
@@ -110,3 +145,64 @@ class Quantize(LeafStep):
             sweeps=self.sweeps,
         )
         return quantize_survivors(form, statistics, options)
+
+
+class EntropyQuantize(LeafStep):
+    """GPTQ on a uniform grid of free step, the codes stored by an entropy coder.
+
+    One constant sets every step of every module, by how sensitive the model is to each output and by the
+    conditional deviation of each input: columns, rows and modules share the bits by themselves. The constant
+    is found on the sizes that the coder really reaches.
+
+    Attributes:
+        bits: a weight, all that is stored counted, of the weights that are coded.
+        damping: added to the Hessian's diagonal, relative to its mean.
+        dead_zone: codes round towards zero by this, times step over standard deviation; it saves bits.
+        asymmetry: how far to move towards the outputs of the dense model, 0 to 1, as in `quantize`.
+        largest_code: no code is larger; 127 keeps every decoded code to a byte. None leaves them free: the
+            few that need more are kept apart in memory.
+    """
+
+    kind: ClassVar[str] = "entropy_quantize"
+    bits: Annotated[float, Field(gt=0, le=12)] = 4.0
+    damping: Annotated[float, Field(ge=0, le=1)] = 0.1
+    dead_zone: Annotated[float, Field(ge=0, le=1)] = 0.1
+    asymmetry: Annotated[float, Field(ge=0, le=1)] = 0.0
+    largest_code: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def needs_hessian(self) -> bool:
+        return self.targets != "embeddings"
+
+    @property
+    def shares_budget(self) -> bool:
+        return self.targets != "embeddings"
+
+    @property
+    def needs_original(self) -> bool:
+        return self.asymmetry > 0
+
+    def options(self) -> EntropyOptions:
+        """The options of the method."""
+        return EntropyOptions(
+            damping=self.damping,
+            dead_zone=self.dead_zone,
+            largest_code=self.largest_code,
+            asymmetry=self.asymmetry,
+        )
+
+    def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
+        if not isinstance(leaf, Dense):
+            raise ValueError(f"entropy_quantize takes dense weights, and this one is {leaf.formula}")
+        if statistics is None:
+            return entropy_round(leaf.weight.float(), self.bits, self.options())
+        if context.grid_step is None:
+            raise ValueError("entropy_quantize needs the step that all modules have in common")
+        return entropy_quantize(
+            leaf.weight.float(),
+            statistics,
+            context.grid_step,
+            self.options(),
+            sensitivity=1.0 if context.sensitivity is None else context.sensitivity,
+            cross=context.cross if self.needs_original else None,
+        )

@@ -1,0 +1,320 @@
+"""A budget of bits that modules share: one look at the dense model, and then a share for each module.
+
+Whole bits are given out at once, by an exact knapsack. The step of entropy-coded modules is one constant for
+all; what a module will take at a step is known to about a percent, so that the constant is corrected after
+every block by what the coder has really made of the blocks before, and the whole meets its target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lmpress.errors import RequestError
+from lmpress.forms import EntropyCoded, Form
+from lmpress.methods.entropy_quantization import (
+    EntropyOptions,
+    RateCurve,
+    conditional_deviations,
+    rate_curve,
+    solve_step,
+)
+from lmpress.methods.knapsack import solve
+from lmpress.methods.mixed_precision import predicted_losses
+from lmpress.methods.svd_llm import ranks_for_budget, row_weights, spectrum
+from lmpress.pipeline.activations import Activations
+from lmpress.pipeline.plan import Plan
+from lmpress.pipeline.prediction import Leaf
+from lmpress.pipeline.rewriting import current_form
+from lmpress.pipeline.sensitivity import sensitivities
+from lmpress.pipeline.stream import BlockStream
+from lmpress.progress import track
+from lmpress.recipes import EntropyQuantize, LeafContext, Pivot, Quantize, Svd
+from lmpress.statistics import InputStatistics
+
+CHOICES = (2, 3, 4, 5, 6, 7, 8)
+"""Bits that a module may get."""
+
+SLACK = 0.001
+"""Bits a weight below its target that an entropy-coded model aims at: no block corrects the last one."""
+
+TRUST = 2
+"""Blocks' worth of prediction that a correction by real sizes is blended with, while few are known."""
+
+
+SURPRISE = 0.03
+"""A block that misses its prediction by more, relatively, is done again: the first one, as a rule."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Who gets what.
+
+    Attributes:
+        bits: whole bits by step and module.
+        ranks: ranks by step and module, 0 where a weight stays dense.
+        targets: bits a weight by step, for entropy-coded ones.
+        curves: what each module takes at every step of the grid, by step of the recipe and module.
+        sensitivity: mean squared gradient by output, by module.
+    """
+
+    bits: dict[int, dict[str, int]]
+    ranks: dict[int, dict[str, int]]
+    targets: dict[int, float]
+    curves: dict[int, dict[str, RateCurve]]
+    sensitivity: dict[str, Tensor]
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], sensitivity: dict[str, Tensor], plan: Plan) -> Allocation:
+        """From what `survey_budgets` told."""
+        bits: dict[int, dict[str, int]] = {}
+        ranks: dict[int, dict[str, int]] = {}
+        targets: dict[int, float] = {}
+        curves: dict[int, dict[str, RateCurve]] = {}
+        for key, told in entry["budgets"].items():
+            index = int(key)
+            step = plan.recipe.steps[index]
+            if isinstance(step, EntropyQuantize):
+                targets[index] = step.bits
+                curves[index] = {
+                    name: RateCurve(c["weights"], c["overhead"], tuple(c["log_steps"]), tuple(c["bits"]))
+                    for name, c in told["curves"].items()
+                }
+            elif isinstance(step, Svd):
+                ranks[index] = {name: int(rank) for name, rank in told["ranks"].items()}
+            else:
+                bits[index] = {name: int(width) for name, width in told["bits"].items()}
+        return cls(bits, ranks, targets, curves, sensitivity)
+
+    def shares(
+        self, names: Iterable[str], past: Sequence[Mapping[str, Any]], tried: Mapping[str, Any] | None = None
+    ) -> dict[str, LeafContext]:
+        """What the modules of the next block get.
+
+        Args:
+            names: the modules of that block.
+            past: the journal's entries of the blocks that are done, with their `rates`.
+            tried: the rates of this block as it came out before, if it is done again.
+        """
+        steps = {index: self.step(index, past, tried or {}) for index in self.targets}
+        shares = {}
+        for name in names:
+            bits = next((own[name] for own in self.bits.values() if name in own), None)
+            step = next((steps[i] for i in steps if name in self.curves[i]), None)
+            rank = next((own[name] for own in self.ranks.values() if name in own), None)
+            sensitivity = self.sensitivity.get(name)
+            shares[name] = LeafContext(bits=bits, grid_step=step, rank=rank, sensitivity=sensitivity)
+        return shares
+
+    def step(self, index: int, past: Sequence[Mapping[str, Any]], tried: Mapping[str, Any]) -> float:
+        """The grid step at which the modules that are still to come take what is left of the budget."""
+        curves, target = self.curves[index], self.targets[index]
+        done = _rates(index, past)
+        seen = {name for rate in done for name in rate["modules"]}
+        rest = {name: curve for name, curve in curves.items() if name not in seen}
+        spent, weights = sum(r["bits"] for r in done), sum(r["weights"] for r in done)
+        known = [*done, *([tried[str(index)]] if str(index) in tried else [])]
+        correction = _correction(known, trust=0 if tried else TRUST)
+        # modules that lost neurons or were factored have fewer weights than their curves tell
+        whole = sum(curves[name].weights for rate in known for name in rate["modules"])
+        scale = sum(rate["weights"] for rate in known) / whole if whole else 1.0
+        left = sum(curve.weights for curve in rest.values()) * scale
+        if not left:
+            return 1.0
+        wanted = ((target - SLACK) * (weights + left) - spent) / (correction * left)
+        least = solve_step(list(rest.values()), _least(list(rest.values())))
+        try:
+            return min(least, solve_step(list(rest.values()), wanted))
+        except ValueError:  # what is left of the budget is less than the rest can do with
+            return least
+
+    def settled(self, rates: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a block took about what was expected of it; else it is worth doing again."""
+        return all(
+            abs(rate["bits"] / rate["predicted"] / _correction(_rates(int(key), past)) - 1) <= SURPRISE
+            for key, rate in rates.items()
+        )
+
+    def rates(self, forms: Mapping[str, Form], shares: Mapping[str, LeafContext]) -> dict[str, Any]:
+        """What a block's entropy-coded modules really took, and what was expected; for the journal."""
+        told: dict[str, Any] = {}
+        for index, curves in self.curves.items():
+            names = [name for name in forms if name in curves]
+            if not names:
+                continue
+            bits = weights = 0
+            predicted = 0.0
+            for name in names:
+                own_bits, own_weights = _coded(forms[name])
+                step, curve = shares[name].grid_step, curves[name]
+                assert step is not None
+                bits, weights = bits + own_bits, weights + own_weights
+                predicted += curve.total_bits(step) * own_weights / max(1, curve.weights)
+            told[str(index)] = {"modules": names, "bits": bits, "weights": weights, "predicted": predicted}
+        return told
+
+
+def _rates(index: int, past: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What the blocks that are done took, by the entries of the journal."""
+    return [entry["rates"][str(index)] for entry in past if str(index) in entry.get("rates", {})]
+
+
+def _correction(rates: Sequence[Mapping[str, Any]], trust: int = TRUST) -> float:
+    """Real bits over predicted ones, blended with `trust` blocks whose prediction is right."""
+    spent, predicted = sum(rate["bits"] for rate in rates), sum(rate["predicted"] for rate in rates)
+    prior = trust * predicted / max(1, len(rates))
+    return float((spent + prior) / (predicted + prior)) if predicted else 1.0
+
+
+def _least(curves: Sequence[RateCurve]) -> float:
+    """A little more than the least bits a weight that the curves can do with."""
+    last = max(curve.log_steps[-1] for curve in curves)
+    rate = sum(curve.total_bits(math.exp2(last)) for curve in curves)
+    return 1.001 * rate / max(1, sum(curve.weights for curve in curves))
+
+
+def _coded(form: Form) -> tuple[int, int]:
+    """Bits and weights of the entropy-coded leaves of a form."""
+    bits = weights = 0
+
+    def visit(leaf: Form) -> Form:
+        nonlocal bits, weights
+        if isinstance(leaf, EntropyCoded):
+            bits += 8 * leaf.num_bytes
+            weights += leaf.shape[0] * leaf.shape[1]
+        return leaf
+
+    form.rewrite(visit)
+    return bits, weights
+
+
+def survey_budgets(
+    plan: Plan,
+    stream: BlockStream,
+    outer: Any,
+    load: Callable[[int], nn.Module],
+    directory: Path,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Look at the dense model, forwards for the inputs of its linears and backwards for its gradients.
+
+    Args:
+        stream: in front of the first block of the dense model; behind the last one afterwards.
+        outer: the model, everything outside its blocks real.
+        load: gives the real dense block of an index.
+        directory: where hidden states are spooled.
+
+    Returns:
+        what the journal keeps, and the sensitivity of every linear, by full name.
+
+    Raises:
+        RequestError: a budget that cannot be met; it tells the least that can.
+    """
+    layout, budgets = stream.layout, plan.budgets
+    entrances: list[Activations] = []
+    for i in track(range(layout.num_blocks), "Survey of the blocks"):
+        entrances.append(_copied(stream, directory))
+        stream.at_block(i)
+        stream.advance(load(i))
+    sensitivity: dict[str, Tensor] = {}
+    told: dict[int, dict[str, Any]] = {index: {} for index in budgets}
+
+    def seen(
+        i: int, block: nn.Module, squares: Mapping[str, Tensor], inputs: Mapping[str, InputStatistics]
+    ) -> None:
+        known: dict[tuple[int, float], Tensor] = {}  # linears of one site have one input
+        for linear, square in squares.items():
+            name = f"{layout.block_name(i)}.{linear}"
+            sensitivity[name] = square
+            weight = current_form(block.get_submodule(linear)).dense()
+            for index in (index for index, names in budgets.items() if name in names):
+                step = plan.recipe.steps[index]
+                if isinstance(step, Svd):
+                    told[index][name] = _spectrum(step, weight, inputs[linear], square.to(weight.device))
+                    continue
+                key = id(inputs[linear]), cast(Quantize | EntropyQuantize, step).damping
+                if key not in known:
+                    known[key] = conditional_deviations(inputs[linear], EntropyOptions(damping=key[1]))
+                told[index][name] = _outlook(step, weight, known[key], square.to(weight.device))
+
+    sensitivities(stream, outer, entrances, load, seen, plan.recipe.seed)
+    shared = {str(index): _given_out(plan, index, told[index]) for index in budgets}
+    return {"tokens": stream.windows.numel(), "budgets": shared}, sensitivity
+
+
+def _copied(stream: BlockStream, directory: Path) -> Activations:
+    copy = Activations(stream.states.shape, 0, directory)
+    for rows in stream.batches():
+        copy[rows] = stream.states[rows]
+    return copy
+
+
+def _spectrum(step: Svd, weight: Tensor, inputs: InputStatistics, sensitivity: Tensor) -> Tensor:
+    """What each component adds to the squared error, of the outputs or of the model's loss."""
+    if step.allocation == "sensitivity":
+        weight = weight * row_weights(sensitivity)[:, None]
+    return spectrum(weight, inputs.require_hessian())
+
+
+def _outlook(step: Any, weight: Tensor, deviations: Tensor, sensitivity: Tensor) -> Any:
+    """What one module costs: its rate at every step, or its loss at every number of bits."""
+    if isinstance(step, EntropyQuantize):
+        return asdict(rate_curve(weight, deviations, step.options(), sensitivity=sensitivity))
+    assert isinstance(step, Quantize)
+    return predicted_losses(
+        weight,
+        deviations,
+        CHOICES,
+        granularity=step.granularity,
+        symmetric=step.symmetric,
+        clip=step.clip,
+        sensitivity=sensitivity,
+    )
+
+
+def _given_out(plan: Plan, index: int, told: Mapping[str, Any]) -> dict[str, Any]:
+    step, names = plan.recipe.steps[index], plan.budgets[index]
+    place = f"recipe {plan.recipe.name}: step {index + 1} ({step.kind})"
+    if isinstance(step, EntropyQuantize):
+        curves = [RateCurve(**told[name]) for name in names]
+        if step.bits - SLACK < _least(curves):
+            raise RequestError(
+                f"{place}: {step.bits} bits a weight cannot be met; scales and tables alone take "
+                f"{_least(curves):.3f}, which is the least"
+            )
+        return {"curves": {name: told[name] for name in names}}
+    shapes = [plan.modules[name].shape for name in names]
+    if isinstance(step, Svd):
+        ranks = ranks_for_budget(
+            [told[name] for name in names],
+            shapes,
+            step.ratio or 1.0,
+            sensitivities=[1.0] * len(names) if step.allocation == "sensitivity" else None,
+            pivoted=any(isinstance(other, Pivot) for other in plan.recipe.steps),
+            multiple_of=step.multiple_of,
+        )
+        return {"ranks": {name: rank or 0 for name, rank in zip(names, ranks, strict=True)}}
+    assert isinstance(step, Quantize)
+    leaves = [
+        [Leaf(*shape, bits=bits, granularity=step.granularity, symmetric=step.symmetric) for bits in CHOICES]
+        for shape in shapes
+    ]
+    sizes = [[8 * leaf.bytes(2) for leaf in own] for own in leaves]
+    weights = sum(rows * columns for rows, columns in shapes)
+    least, budget = sum(own[0] for own in sizes), int(step.bits * weights)
+    if least > budget:
+        raise RequestError(
+            f"{place}: {step.bits} bits a weight cannot be met: with its scales, every module at "
+            f"{CHOICES[0]} bits takes {least / weights:.3f}, which is the least"
+        )
+    solution = solve([told[name] for name in names], sizes, budget)
+    return {
+        "bits": {name: CHOICES[choice] for name, choice in zip(names, solution.choices, strict=True)},
+        "bits_per_weight": solution.size / weights,
+        "expected_loss": solution.cost / 2,
+        "exact": solution.exact,
+    }

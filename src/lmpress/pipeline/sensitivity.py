@@ -1,0 +1,148 @@
+"""How sensitive the model is to each output of each linear: mean squared gradients, a block at a time.
+
+The loss is the cross entropy of labels that the model draws itself: E[g^2] is the diagonal of Fisher's
+information, and a small change d of the outputs costs about `sum_i E[g_i^2] d_i^2 / 2` in KL divergence (for
+weights: HAWQ, arXiv 1905.03696; SqueezeLLM, arXiv 2306.07629). The gradient goes backwards through the blocks
+as the text went forwards: the hidden states at every entrance are kept, each block is run again from them,
+and no graph spans more than one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lmpress.families import Layout
+from lmpress.pipeline.activations import Activations
+from lmpress.pipeline.stream import BlockStream, replaced_blocks
+from lmpress.progress import track
+from lmpress.statistics import InputStatistics, StatisticsAccumulator
+
+
+def entrance_gradient(
+    outer: Any, layout: Layout, windows: Tensor, states: Activations, seed: int, device: torch.device
+) -> Tensor:
+    """The gradient of the loss, summed over the tokens, by the hidden states behind the last block.
+
+    Args:
+        outer: the model, everything outside its blocks real.
+        windows: token ids (samples, seq_len).
+        states: behind the last block, (samples, seq_len, width).
+
+    Returns:
+        float32 (samples, seq_len, width).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    gradients = torch.empty(states.shape)
+    for i in range(windows.shape[0]):  # one window at a time: its logits are wide
+        last = states[slice(i, i + 1)].to(device).requires_grad_(True)
+
+        def stand(index: int, given: Tensor, args: Any, kwargs: Any, last: Tensor = last) -> Tensor:
+            return last if index == layout.num_blocks - 1 else given
+
+        with replaced_blocks(outer, layout, stand), torch.enable_grad():
+            logits = outer(input_ids=windows[i : i + 1].to(device), use_cache=False).logits[0].float()
+            labels = _drawn(logits.detach(), generator)
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, last)
+        gradients[i] = gradient[0].float().cpu()
+    return gradients
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One label a row (tokens, vocabulary), drawn from the softmax: the largest logit with Gumbel noise."""
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - noise.log_()).argmax(-1)
+
+
+def squared_gradients(
+    stream: BlockStream,
+    block: nn.Module,
+    linears: Sequence[str],
+    entrance: Activations,
+    gradients: Tensor,
+    inputs: Mapping[str, StatisticsAccumulator] | None = None,
+) -> dict[str, Tensor]:
+    """Mean squared gradients by the outputs of linears of one block; the gradients go on to its entrance.
+
+    Args:
+        stream: tells how the block is called.
+        entrance: the hidden states in front of the block, (samples, seq_len, width).
+        gradients: by the hidden states behind the block, of this shape; afterwards by those in front.
+        inputs: by linear, what gathers its inputs in the same pass.
+
+    Returns:
+        by linear, float32 (out,).
+    """
+    sums: dict[str, Tensor] = {}
+    handles = [block.get_submodule(name).register_forward_hook(_watch(name, sums)) for name in linears]
+    for name, accumulator in (inputs or {}).items():
+        handles.append(block.get_submodule(name).register_forward_pre_hook(_gather(accumulator)))
+    tokens = 0
+    try:
+        for rows in stream.batches():
+            states = entrance[rows].to(stream.device).requires_grad_(True)
+            with torch.enable_grad():
+                output = stream.call(block, rows, states)
+                (gradient,) = torch.autograd.grad(output, states, gradients[rows].to(output))
+            gradients[rows] = gradient.to(gradients)
+            tokens += states.shape[0] * states.shape[1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (total / max(1, tokens)).float().cpu() for name, total in sums.items()}
+
+
+def _watch(name: str, sums: dict[str, Tensor]) -> Callable[..., None]:
+    def add(gradient: Tensor) -> None:
+        square = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
+        sums[name] = sums[name] + square if name in sums else square
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+def _gather(accumulator: StatisticsAccumulator) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        accumulator.update(args[0])
+
+    return hook
+
+
+def sensitivities(
+    stream: BlockStream,
+    outer: Any,
+    entrances: Sequence[Activations],
+    load: Callable[[int], nn.Module],
+    seen: Callable[[int, nn.Module, Mapping[str, Tensor], Mapping[str, InputStatistics]], None],
+    seed: int,
+) -> None:
+    """Go back through all blocks, the last one first.
+
+    Args:
+        stream: whose states are those behind the last block.
+        entrances: the hidden states in front of every block.
+        load: gives the real dense block of an index.
+        seen: is called with each block's index, the block, its linears' mean squared gradients, and the
+            statistics of their inputs, Hessians and all.
+    """
+    layout = stream.layout
+    gradients = entrance_gradient(outer, layout, stream.windows, stream.states, seed, stream.device)
+    for i in track(range(layout.num_blocks - 1, -1, -1), "Sensitivity of the blocks"):
+        block = load(i)
+        stream.at_block(i)
+        firsts = {site.linears[0]: site for site in layout.sites}
+        inputs = {
+            name: StatisticsAccumulator(
+                int(cast(Any, block.get_submodule(name)).in_features), True, stream.device
+            )
+            for name in firsts
+        }
+        squares = squared_gradients(stream, block, layout.linears, entrances[i], gradients, inputs)
+        results = {name: accumulator.result() for name, accumulator in inputs.items()}
+        seen(i, block, squares, {linear: results[n] for n, s in firsts.items() for linear in s.linears})
