@@ -220,7 +220,7 @@ def test_text_that_does_not_exist_is_refused_before_any_work(
     def too_late(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was compressed or loaded")
 
-    monkeypatch.setattr(comparison, "compress", too_late)
+    monkeypatch.setattr(comparison, "compress_with", too_late)
     monkeypatch.setattr(measuring, "load_any", too_late)
     for verb in (["evaluate", "model"], ["compare", "model", "-r", "int8", "-o", tmp_path / "out"]):
         code, stdout, _ = run(*verb, "--text", "NONSENSE", "--json")

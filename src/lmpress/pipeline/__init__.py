@@ -1,7 +1,8 @@
 """Recipe + model -> plan; the block stream; the journal that survives a crash."""
 
-from lmpress.pipeline.assemble import CALIBRATION, assemble, discard, written_files
+from lmpress.pipeline.assemble import assemble, discard, written_files
 from lmpress.pipeline.calibration import (
+    CALIBRATION,
     CalibrationText,
     calibration_text,
     check_calibration,

@@ -16,7 +16,7 @@ from lmpress.checkpoint import MANIFEST, read_header, read_json, sha256_file, wr
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
 from lmpress.pipeline.allocation import Allocation, survey_budgets
-from lmpress.pipeline.assemble import CALIBRATION, assemble, discard, publish, remove_stale, written_files
+from lmpress.pipeline.assemble import assemble, discard, publish, remove_stale, written_files
 from lmpress.pipeline.blocks import (
     Descriptions,
     block_tensors,
@@ -25,7 +25,13 @@ from lmpress.pipeline.blocks import (
     restored_block,
     restored_outer,
 )
-from lmpress.pipeline.calibration import CalibrationText, calibration_text, small_ids
+from lmpress.pipeline.calibration import (
+    CALIBRATION,
+    CalibrationText,
+    borrowed_text,
+    calibration_text,
+    small_ids,
+)
 from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.rewriting import rewrite_block, rewrite_outer
@@ -54,6 +60,7 @@ class RunOptions:
         memory: bytes that the run may use for hidden states, None for no limit.
         resume: go on where an interrupted run stopped.
         force: overwrite an earlier checkpoint.
+        lenders: checkpoints of the same model that may lend the text that `self` would write again.
     """
 
     calibration: str = "self"
@@ -61,6 +68,7 @@ class RunOptions:
     memory: int | None = None
     resume: bool = False
     force: bool = False
+    lenders: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -170,14 +178,12 @@ class Run:
         if entry is not None and path.is_file():
             return CalibrationText(load_file(path)["input_ids"].long(), entry["calibration"])
         wanted = self.recipe.calibration
-        text = calibration_text(
-            self.options.calibration,
-            self.source,
-            wanted.samples,
-            wanted.seq_len,
-            self.recipe.seed,
-            self.options.device,
-        )
+        size = wanted.samples, wanted.seq_len, self.recipe.seed
+        text = None
+        if self.options.calibration == "self":
+            text = borrowed_text(self.options.lenders, self.source, *size)
+        if text is None:
+            text = calibration_text(self.options.calibration, self.source, *size, self.options.device)
         write_tensors(path, {"input_ids": small_ids(text.windows)})
         self.journal.append({"calibration": text.record})
         return text
