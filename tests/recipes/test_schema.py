@@ -113,6 +113,16 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str) -> None:
             ["prune_neurons comes before sparsify"],
         ),
         ({"steps": [{"sparsify": {"sparsity": 0.5}}, {"recover": {}}]}, ["keep: term"]),
+        (
+            {
+                "steps": [
+                    {"sparsify": {"sparsity": 0.5, "targets": "mlp"}},
+                    {"recover": {"targets": "linears"}},
+                ]
+            },
+            ["keep: term"],
+        ),
+        ({"steps": [{"recover": {"targets": "embeddings"}}]}, ["recover works on", "not on embeddings"]),
         ("steps", ["mapping"]),
     ],
 )
@@ -134,6 +144,8 @@ def test_what_is_wrong_is_said_in_one_line(recipe: object, words: list[str]) -> 
         [{"sparsify": {"sparsity": 0.5}}, {"correct": {}}, {"recover": {"keep": "term"}}],
         [{"quantize": {"targets": "*.q_proj"}}, {"correct": {"targets": "attention"}}],  # names decide
         [{"prune_neurons": {}}, {"svd": {"ratio": 0.9}}, {"sparsify": {"sparsity": 0.5}}],
+        [{"sparsify": {"sparsity": 0.5, "targets": "mlp"}}, {"recover": {"targets": "attention"}}],
+        [{"sparsify": {"sparsity": 0.5, "targets": "*.q_proj"}}, {"recover": {}}],  # the plan looks at names
     ],
 )
 def test_what_can_follow_is_let_through(steps: list[dict[str, object]]) -> None:

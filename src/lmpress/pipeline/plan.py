@@ -38,6 +38,7 @@ class Plan:
         modules: by full name, linears of the blocks as well as the embedding and an untied head.
         neurons: index of the step that prunes neurons, or None.
         predicted: `bytes` of the weights after compression; whether that is `exact`, or an estimate.
+        trained: the modules that get an adapter in recovery.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Plan:
     modules: dict[str, ModulePlan]
     neurons: int | None
     predicted: dict[str, Any]
+    trained: tuple[str, ...] = ()
 
     @property
     def needs_text(self) -> bool:
@@ -69,7 +71,7 @@ class Plan:
     @property
     def recovers(self) -> bool:
         """Whether the compressed model is trained at the end."""
-        return any(isinstance(step, Recover) for step in self.recipe.steps)
+        return bool(self.trained)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON."""
@@ -86,6 +88,7 @@ class Plan:
                 if m.steps
             },
             "neurons": None if self.neurons is None else options_of(self.recipe.steps[self.neurons]),
+            "trained": list(self.trained),
             "predicted": self.predicted,
         }
 
@@ -106,11 +109,12 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     layout = source.layout
     shapes = _shapes(source)
     modules = {name: ModulePlan(shape) for name, shape in shapes.items()}
-    neurons = None
+    neurons: int | None = None
+    trained: tuple[str, ...] = ()
     for index, step in enumerate(recipe.steps):
         if isinstance(step, PruneNeurons):
             neurons = index
-        if not isinstance(step, FormStep):
+        if not isinstance(step, FormStep | Recover):
             continue
         names = _targets(step.targets, layout, tuple(shapes))
         if not names:
@@ -118,6 +122,11 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
                 f"recipe {recipe.name}: step {index + 1} ({step.kind}) targets {step.targets!r}, which "
                 f"matches no module; targets are {', '.join(GROUPS)}, or a glob such as '*.mlp.down_proj'"
             )
+        if isinstance(step, Recover):  # rewrites no form of a block; recovery comes after all of them
+            trained = tuple(names)
+            for name in names:
+                _check_order(recipe, index, name, modules[name], layout)
+            continue
         chosen = _hybrid(step, {name: shapes[name] for name in names})
         for name in names:
             old = modules[name]
@@ -127,7 +136,13 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
             _check_groups(step, name, old, recipe, neurons is not None, layout)
     dtype = _storage_dtype(recipe, source)
     return Plan(
-        source.name, recipe, dtype, modules, neurons, predict(recipe, source, modules, neurons, dtype)
+        source.name,
+        recipe,
+        dtype,
+        modules,
+        neurons,
+        predict(recipe, source, modules, neurons, dtype),
+        trained,
     )
 
 
