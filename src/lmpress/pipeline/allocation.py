@@ -31,7 +31,7 @@ from lmpress.pipeline.activations import Activations
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import Leaf
 from lmpress.pipeline.rewriting import current_form
-from lmpress.pipeline.sensitivity import sensitivities
+from lmpress.pipeline.sensitivity import sensitivities, token_probabilities
 from lmpress.pipeline.stream import BlockStream
 from lmpress.progress import track
 from lmpress.recipes import EntropyQuantize, LeafContext, Pivot, Quantize, Svd
@@ -49,6 +49,10 @@ TRUST = 2
 
 SURPRISE = 0.03
 """A block that misses its prediction by more, relatively, is done again: the first one, as a rule."""
+
+
+TOKENS = "token_probabilities"
+"""What the probabilities of the tokens are called among the sensitivities."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,8 @@ def survey_budgets(
         directory: where hidden states are spooled.
 
     Returns:
-        what the journal keeps, and the sensitivity of every linear, by full name.
+        what the journal keeps; and the sensitivity of every linear by full name, and the probabilities of the
+        tokens as `TOKENS`.
 
     Raises:
         RequestError: a budget that cannot be met; it tells the least that can.
@@ -217,7 +222,8 @@ def survey_budgets(
     layout, budgets = stream.layout, plan.budgets
     entrances: list[Activations] = []
     for i in track(range(layout.num_blocks), "Survey of the blocks"):
-        entrances.append(_copied(stream, directory))
+        if budgets:
+            entrances.append(_copied(stream, directory))
         stream.at_block(i)
         stream.advance(load(i))
     sensitivity: dict[str, Tensor] = {}
@@ -241,7 +247,10 @@ def survey_budgets(
                     known[key] = conditional_deviations(inputs[linear], EntropyOptions(damping=key[1]))
                 told[index][name] = _outlook(step, weight, known[key], square.to(weight.device))
 
-    sensitivities(stream, outer, entrances, load, seen, plan.recipe.seed)
+    if plan.weighs_tokens:
+        sensitivity[TOKENS] = token_probabilities(outer, layout, stream.windows, stream.states, stream.device)
+    if budgets:
+        sensitivities(stream, outer, entrances, load, seen, plan.recipe.seed)
     shared = {str(index): _given_out(plan, index, told[index]) for index in budgets}
     return {"tokens": stream.windows.numel(), "budgets": shared}, sensitivity
 

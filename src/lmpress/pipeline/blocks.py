@@ -70,7 +70,17 @@ def restored_block(
 
 def restored_outer(source: ModelSource, shard: Path, plan: Descriptions, device: torch.device) -> Any:
     """The model with everything outside its blocks as the shard tells; the blocks stay on the meta device."""
-    tensors = load_file(shard)
+    return _outer_model(source, load_file(shard), plan, device, str(shard))
+
+
+def dense_outer(source: ModelSource, device: torch.device) -> Any:
+    """The dense model with everything outside its blocks real; the blocks stay on the meta device."""
+    return _outer_model(source, source.read(source.outer_names), {}, device, source.name)
+
+
+def _outer_model(
+    source: ModelSource, tensors: dict[str, Tensor], plan: Descriptions, device: torch.device, where: str
+) -> Any:
     model = skeleton(source.config)
     put_forms(model, {name: _filled(d, name, tensors) for name, d in plan.items()}, dtype=torch.float32)
     parameters = {key: tensor.float() for key, tensor in tensors.items()}
@@ -80,7 +90,7 @@ def restored_outer(source: ModelSource, shard: Path, plan: Descriptions, device:
     for name in source.outer_names:
         module, _, parameter = name.rpartition(".")
         if module not in plan and getattr(model.get_submodule(module), parameter).is_meta:
-            raise ValueError(f"{shard} lacks {name}")
+            raise ValueError(f"{where} lacks {name}")
     outer = [child for path, child in model.named_modules() if _outside(path, source.layout.blocks, child)]
     for child in outer:
         child.to(device)

@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         modules: by full name, linears of the blocks as well as the embedding and an untied head.
+        outer: the names of the embedding and of a head of its own.
         neurons: index of the step that prunes neurons, or None.
         predicted: `bytes` of the weights after compression; whether that is `exact`, or an estimate.
         trained: the modules that get an adapter in recovery.
@@ -47,12 +48,19 @@ class Plan:
     modules: dict[str, ModulePlan]
     neurons: int | None
     predicted: dict[str, Any]
+    outer: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
 
     @property
     def needs_text(self) -> bool:
         """Whether any step looks at calibration text (recovery aside)."""
-        return any(step.needs_statistics for step in self.recipe.steps)
+        return self.weighs_tokens or any(step.needs_statistics for step in self.recipe.steps)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether a step of the embedding or the head asks how probable tokens are."""
+        steps = (index for name in self.outer for index in self.modules[name].steps)
+        return any(self.recipe.steps[index].weighs_tokens for index in steps)
 
     @property
     def needs_original(self) -> bool:
@@ -143,6 +151,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
         neurons,
         predict(recipe, source, modules, neurons, dtype),
         trained,
+        tuple(name for name in (layout.embedding, layout.head) if name in modules),
     )
 
 

@@ -250,13 +250,18 @@ def _seed(seed: int, name: str) -> int:
     return (seed * 1_000_003 + zlib.crc32(name.encode())) & 0x7FFFFFFF
 
 
-def rewrite_outer(form: Form, module: ModulePlan, plan: Plan) -> Rewritten:
-    """Apply the plan to an embedding or a head: no text is looked at."""
+def rewrite_outer(form: Form, module: ModulePlan, plan: Plan, probability: Tensor | None = None) -> Rewritten:
+    """Apply the plan to an embedding or a head.
+
+    Args:
+        probability: of each token, (vocabulary,); None where no step asks for it.
+    """
     before, reports = form, []
     for index in module.steps:
         step = plan.recipe.steps[index]
         assert isinstance(step, FormStep)
-        rewritten = step.rewrite(form, None, LeafContext(module.granularity.get(index)))
+        context = LeafContext(module.granularity.get(index), sensitivity=probability)
+        rewritten = step.rewrite(form, None, context)
         form = rewritten.form
         reports.append({"step": step.kind} | rewritten.report)
     form = store(form, plan.dtype)

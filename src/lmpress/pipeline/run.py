@@ -15,12 +15,13 @@ from torch import nn
 from lmpress.checkpoint import MANIFEST, read_header, read_json, sha256_file, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
-from lmpress.pipeline.allocation import Allocation, survey_budgets
+from lmpress.pipeline.allocation import TOKENS, Allocation, survey_budgets
 from lmpress.pipeline.assemble import assemble, discard, publish, remove_stale, written_files
 from lmpress.pipeline.blocks import (
     Descriptions,
     block_tensors,
     dense_block,
+    dense_outer,
     outer_tensors,
     restored_block,
     restored_outer,
@@ -149,13 +150,15 @@ class Run:
         """Compress, and stage the checkpoint in the work directory. Returns its manifest."""
         written = self.options.calibration == "self" and self.plan.recovers
         text = self._text() if self.plan.needs_text or written else None
-        outer = self._outer()
-        widths = self._widths(text)
         allocation = self._allocation(text)
+        outer = self._outer(allocation)
+        widths = self._widths(text)
         done = {entry["block"]: entry for entry in self.journal.blocks()}
         streamed = self.plan.needs_text and len(done) < self.source.layout.num_blocks
         stream = self._stream(text) if streamed and text is not None else None
-        dense = self._stream(text) if streamed and text is not None and self.plan.needs_original else None
+        dense = None
+        if streamed and text is not None and self.plan.needs_original:
+            dense = self._stream(text, dense_outer(self.source, self.device))
         blocks = self.source.layout.num_blocks
         for i in track(range(blocks), f"Compressing {self.source.name} with {self.recipe.name}"):
             original = None if dense is None else self._original(dense, i)
@@ -188,19 +191,20 @@ class Run:
         self.journal.append({"calibration": text.record})
         return text
 
-    def _outer(self) -> dict[str, Any]:
+    def _outer(self, allocation: Allocation | None) -> dict[str, Any]:
         """Embeddings, last norm and head: rewritten and stored first, for the stream begins with them."""
         entry = self.journal.find("outer")
         if entry is not None:
             return entry
         tensors = self.source.read(self.source.outer_names)
-        layout = self.source.layout
         forms: dict[str, Form] = {}
         report: dict[str, Any] = {}
-        for name in [layout.embedding] + ([] if layout.tied else [layout.head]):
+        tokens = None if allocation is None else allocation.sensitivity.get(TOKENS)
+        for name in self.plan.outer:
             module = self.plan.modules[name]
             if module.steps:
-                rewritten = rewrite_outer(Dense(tensors[f"{name}.weight"].float()), module, self.plan)
+                weight = tensors[f"{name}.weight"].float()
+                rewritten = rewrite_outer(Dense(weight), module, self.plan, tokens)
                 forms[name], report[name] = rewritten.form, rewritten.report
         stored = outer_tensors(self.source, forms, tensors, self.plan.dtype)
         plan = {name: form.describe() for name, form in forms.items()}
@@ -224,17 +228,18 @@ class Run:
 
     def _allocation(self, text: CalibrationText | None) -> Allocation | None:
         """How the modules share their budgets of bits; decided once, and kept for a resumed run."""
-        if not self.plan.budgets:
+        if not self.plan.budgets and not self.plan.weighs_tokens:
             return None
         path = self.work / SENSITIVITY
         entry = self.journal.find("allocation")
         if entry is None or not path.is_file():
             assert text is not None
             part = survey_samples(text.windows.shape[0])
-            stream = self._stream(CalibrationText(text.windows[:part], text.record))
+            windows = CalibrationText(text.windows[:part], text.record)
+            outer = dense_outer(self.source, self.device)
             try:
                 survey, sensitivity = survey_budgets(
-                    self.plan, stream, self._outer_model(), self._dense, self.work
+                    self.plan, self._stream(windows, outer), outer, self._dense, self.work
                 )
             except ValueError as error:
                 raise LmpressError(f"the survey of the blocks: {error}") from error
@@ -248,11 +253,12 @@ class Run:
         assert entry is not None
         return restored_outer(self.source, self.staging / entry["file"], entry["plan"], self.device)
 
-    def _stream(self, text: CalibrationText) -> BlockStream:
+    def _stream(self, text: CalibrationText, outer: Any = None) -> BlockStream:
+        """The text in front of the first block, behind the compressed embedding or that of `outer`."""
         tokens = text.windows.shape[1]
         return BlockStream(
             self.source,
-            self._outer_model(),
+            outer or self._outer_model(),
             text.windows,
             batch=max(1, 4096 // tokens),
             budget=None if self.options.memory is None else self.options.memory // 4,

@@ -52,6 +52,31 @@ def entrance_gradient(
     return gradients
 
 
+def token_probabilities(
+    outer: Any, layout: Layout, windows: Tensor, states: Activations, device: torch.device
+) -> Tensor:
+    """How probable the model finds each token of its vocabulary, on average; the arguments as above.
+
+    Counts of so little text would be zero for most tokens; the model has seen more.
+
+    Returns:
+        float32 (vocabulary,), of sum 1.
+    """
+    total: Tensor | None = None
+    for i in range(windows.shape[0]):
+        last = states[slice(i, i + 1)].to(device)
+
+        def stand(index: int, given: Tensor, args: Any, kwargs: Any, last: Tensor = last) -> Tensor:
+            return last if index == layout.num_blocks - 1 else given
+
+        with replaced_blocks(outer, layout, stand), torch.no_grad():
+            logits = outer(input_ids=windows[i : i + 1].to(device), use_cache=False).logits[0].float()
+        found = logits.softmax(-1).sum(0, dtype=torch.float64)
+        total = found if total is None else total + found
+    assert total is not None
+    return (total / total.sum()).float().cpu()
+
+
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One label a row (tokens, vocabulary), drawn from the softmax: the largest logit with Gumbel noise."""
     noise = torch.empty_like(logits).exponential_(generator=generator)

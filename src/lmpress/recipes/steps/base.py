@@ -56,6 +56,11 @@ class Step(Strict):
         return self.needs_hessian
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Whether it asks how probable the tokens of an embedding are."""
+        return False
+
+    @property
     def needs_original(self) -> bool:
         """Whether the dense model has to be run beside the compressed one."""
         return False
@@ -85,7 +90,7 @@ class LeafContext:
         bits: the share of a budget that all modules have in common, where it is given out in whole bits.
         grid_step: the step of all grids, where the budget is met by one step for all.
         sensitivity: mean squared gradient of the model's loss by each output, (out,); None where nobody
-            asked for it.
+            asked for it. Of an embedding or a head: the mean probability of each token.
         cross: E[(x_fp - x) x^T] (in, in), x being the input of the module and x_fp that of the dense model;
             None where nobody asked for it, and behind a factor.
         rank: the share of a budget of parameters; 0 where the weight is better left dense.

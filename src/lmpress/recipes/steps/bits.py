@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from lmpress.forms import Dense, Form, NofM, Sparse
 from lmpress.methods.entropy_quantization import EntropyOptions, entropy_quantize, entropy_round
@@ -12,11 +13,14 @@ from lmpress.methods.gptq import GptqOptions, gptq
 from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import RoundOptions, parse_granularity, round_to_nearest
 from lmpress.methods.sparsegpt import SparseGptOptions, quantize_survivors
-from lmpress.recipes.steps.base import LeafContext, LeafStep, group_of
+from lmpress.recipes.steps.base import LeafContext, LeafStep, Ratio, group_of
 from lmpress.statistics import InputStatistics
 
 HYBRIDS = ("percentile", "name", "meanstd")
 """Granularities that choose tensor or channel for each module (SPQ, arXiv 2602.18420)."""
+
+RAREST = 0.005
+"""No token counts as less probable than this, relative to the mean: text of other domains has others."""
 
 SURVIVORS_NEED_GPTQ = (
     "what is sparse is quantized by `solver: gptq`, or in one pass by the `bits` of the step before"
@@ -158,6 +162,9 @@ class EntropyQuantize(LeafStep):
         bits: a weight, all that is stored counted, of the weights that are coded.
         damping: added to the Hessian's diagonal, relative to its mean.
         dead_zone: codes round towards zero by this, times step over standard deviation; it saves bits.
+        token_weight: of embeddings and heads: an error in the row of a token counts by this power of the
+            token's mean probability on calibration text; 0 for all alike. At 5 bits on SmolLM2-135M, 0.5
+            gives a third to a fifth of the KL divergence of 0, on text of another domain too.
         asymmetry: how far to move towards the outputs of the dense model, 0 to 1, as in `quantize`.
         largest_code: no code is larger; 127 keeps every decoded code to a byte. None leaves them free: the
             few that need more are kept apart in memory.
@@ -167,6 +174,7 @@ class EntropyQuantize(LeafStep):
     bits: Annotated[float, Field(gt=0, le=12)] = 4.0
     damping: Annotated[float, Field(ge=0, le=1)] = 0.1
     dead_zone: Annotated[float, Field(ge=0, le=1)] = 0.1
+    token_weight: Ratio = 0.5
     asymmetry: Annotated[float, Field(ge=0, le=1)] = 0.0
     largest_code: Annotated[int, Field(ge=1)] | None = None
 
@@ -182,6 +190,10 @@ class EntropyQuantize(LeafStep):
     def needs_original(self) -> bool:
         return self.asymmetry > 0
 
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.token_weight > 0
+
     def options(self) -> EntropyOptions:
         """The options of the method."""
         return EntropyOptions(
@@ -191,11 +203,20 @@ class EntropyQuantize(LeafStep):
             asymmetry=self.asymmetry,
         )
 
+    def _rows(self, probability: Tensor | None) -> float | Tensor:
+        """What an error in each row of a table counts."""
+        if probability is None or not self.token_weight:
+            return 1.0
+        least = RAREST / max(1, probability.numel())
+        return (probability.float() + least).pow(self.token_weight)
+
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         if not isinstance(leaf, Dense):
             raise ValueError(f"entropy_quantize takes dense weights, and this one is {leaf.formula}")
         if statistics is None:
-            return entropy_round(leaf.weight.float(), self.bits, self.options())
+            return entropy_round(
+                leaf.weight.float(), self.bits, self.options(), sensitivity=self._rows(context.sensitivity)
+            )
         if context.grid_step is None:
             raise ValueError("entropy_quantize needs the step that all modules have in common")
         return entropy_quantize(
