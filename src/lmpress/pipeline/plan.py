@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         modules: by full name, linears of the blocks as well as the embedding and an untied head.
+        outer: those that stand outside the blocks.
         neurons: index of the step that prunes neurons, or None.
         predicted: `bytes` of the weights after compression; whether that is `exact`, or an estimate.
     """
@@ -44,6 +45,7 @@ class Plan:
     recipe: Recipe
     dtype: torch.dtype
     modules: dict[str, ModulePlan]
+    outer: frozenset[str]
     neurons: int | None
     predicted: dict[str, Any]
 
@@ -57,8 +59,9 @@ class Plan:
         """The modules that share a budget of bits, by the index of the step that gives it out."""
         shared: dict[int, tuple[str, ...]] = {}
         for index, step in enumerate(self.recipe.steps):
-            if step.shares_budget:
-                shared[index] = tuple(name for name, m in self.modules.items() if index in m.steps)
+            names = (name for name, m in self.modules.items() if index in m.steps and name not in self.outer)
+            if step.shares_budget and (own := tuple(names)):
+                shared[index] = own
         return shared
 
     @property
@@ -121,9 +124,9 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
             _check_order(recipe, index, name, old, layout)
             _check_groups(step, name, old, recipe, neurons is not None, layout)
     dtype = _storage_dtype(recipe, source)
-    return Plan(
-        source.name, recipe, dtype, modules, neurons, predict(recipe, source, modules, neurons, dtype)
-    )
+    predicted = predict(recipe, source, modules, neurons, dtype)
+    outer = frozenset({layout.embedding, layout.head})
+    return Plan(source.name, recipe, dtype, modules, outer, neurons, predicted)
 
 
 def _shapes(source: ModelSource) -> dict[str, tuple[int, int]]:
