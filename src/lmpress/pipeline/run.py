@@ -189,7 +189,10 @@ class Run:
         for name in [layout.embedding] + ([] if layout.tied else [layout.head]):
             module = self.plan.modules[name]
             if module.steps:
-                rewritten = rewrite_outer(Dense(tensors[f"{name}.weight"].float()), module, self.plan)
+                try:
+                    rewritten = rewrite_outer(Dense(tensors[f"{name}.weight"].float()), module, self.plan)
+                except ValueError as error:
+                    raise LmpressError(f"{name}: {error}") from error
                 forms[name], report[name] = rewritten.form, rewritten.report
         stored = outer_tensors(self.source, forms, tensors, self.plan.dtype)
         plan = {name: form.describe() for name, form in forms.items()}
