@@ -1,0 +1,106 @@
+"""What a weight would lose at every number of bits, against the formula written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmpress.methods.entropy_quantization import EntropyOptions, conditional_deviations
+from lmpress.methods.gptq import GptqOptions, gptq
+from lmpress.methods.hessian import layer_loss
+from lmpress.methods.mixed_precision import predicted_losses
+from tests.methods.test_gptq import inputs, random_weight, statistics_of
+
+BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def written_out(weight: Tensor, deviations: Tensor, bits: int, group: int, sensitivity: Tensor) -> float:
+    """sum_ij s_i e_ij^2 / U_jj^2 for the asymmetric grid with a float16 scale a group, in float64."""
+    total = 0.0
+    for i, row in enumerate(weight.double()):
+        for start in range(0, len(row), group):
+            cell = row[start : start + group]
+            low, high = min(float(cell.min()), 0.0), max(float(cell.max()), 0.0)
+            scale = float(torch.tensor((high - low) / (2**bits - 1)).half())
+            zero = min(round(-low / scale), 2**bits - 1)
+            codes = ((cell / scale).round() + zero).clamp(0, 2**bits - 1)
+            error = cell - scale * (codes - zero)
+            scaled = error / deviations[start : start + group].double()
+            total += float(sensitivity[i]) * float(scaled.square().sum())
+    return total
+
+
+@pytest.mark.parametrize("group", [8, 32])
+def test_the_formula_written_out(group: int) -> None:
+    weight = random_weight(12, 32)
+    deviations = torch.rand(32, generator=torch.Generator().manual_seed(1)) + 0.2
+    sensitivity = torch.rand(12, generator=torch.Generator().manual_seed(2))
+    told = predicted_losses(
+        weight,
+        deviations,
+        BITS,
+        granularity=f"group:{group}",
+        symmetric=False,
+        clip=False,
+        sensitivity=sensitivity,
+    )
+    expected = [written_out(weight, deviations, bits, group, sensitivity) for bits in BITS]
+    assert told == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize(("granularity", "clip"), [("channel", False), ("group:16", True), ("tensor", False)])
+def test_a_sample_of_rows_tells_what_all_of_them_do(granularity: str, clip: bool) -> None:
+    weight = random_weight(600, 32)
+    deviations = torch.rand(32, generator=torch.Generator().manual_seed(1)) + 0.2
+    sensitivity = torch.rand(600, generator=torch.Generator().manual_seed(2)) + 0.5
+
+    def losses(rows: int) -> list[float]:
+        return predicted_losses(
+            weight,
+            deviations,
+            (2, 4, 8),
+            granularity=granularity,
+            symmetric=True,
+            clip=clip,
+            sensitivity=sensitivity,
+            sample_rows=rows,
+        )
+
+    exact = granularity == "tensor"  # one scale for all rows: none may be left out
+    assert losses(128) == pytest.approx(losses(600), rel=1e-9 if exact else 0.15)
+
+
+def test_bits_of_gptq_cost_about_what_is_predicted() -> None:
+    """The errors of the weight as it is stand in for those after compensation, in the damped metric."""
+    weight, statistics = random_weight(64, 48), statistics_of(inputs(48))
+    hessian = statistics.require_hessian()
+    damped = hessian + 0.03 * hessian.diagonal().mean() * torch.eye(48)
+    deviations = conditional_deviations(statistics, EntropyOptions(damping=0.03))
+    told = predicted_losses(weight, deviations, (3, 4, 6), granularity="channel", symmetric=True, clip=False)
+    for bits, loss in zip((3, 4, 6), told, strict=True):
+        form = gptq(
+            weight,
+            statistics,
+            GptqOptions(bits=bits, granularity="channel", damping=0.03, order="activation"),
+        ).form
+        assert layer_loss(weight - form.dense(), damped) == pytest.approx(loss, rel=0.35)
+
+
+def test_a_sensitivity_counts_in_proportion() -> None:
+    weight, deviations = random_weight(8, 16), torch.ones(16)
+
+    def loss(sensitivity: float | Tensor) -> float:
+        return predicted_losses(
+            weight,
+            deviations,
+            [3],
+            granularity="channel",
+            symmetric=True,
+            clip=False,
+            sensitivity=sensitivity,
+        )[0]
+
+    one = torch.nn.functional.one_hot(torch.arange(8)).float()
+    assert loss(4.0) == pytest.approx(4 * loss(1.0))
+    assert sum(loss(row) for row in one) == pytest.approx(loss(1.0))
