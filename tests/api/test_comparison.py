@@ -91,3 +91,28 @@ def test_a_second_comparison_compresses_nothing(
 def test_two_recipes_of_one_name(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="'int8' is taken"):
         lmpress.compare(tiny("llama"), ["int8", "int8"], tmp_path)
+
+
+def test_the_model_writes_its_calibration_text_once(
+    tiny: Callable[[str], Path], other_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmpress.pipeline import calibration
+
+    write, written = calibration.generate_text, []
+
+    def counted(*args: Any) -> Any:
+        written.append(args[2:])
+        return write(*args)
+
+    monkeypatch.setattr(calibration, "generate_text", counted)
+    size = {"samples": 4, "seq_len": 32}
+    steps = [{"quantize": {"bits": 4, "solver": "gptq"}}]
+    other = {"name": "longer", "calibration": size | {"seq_len": 48}, "steps": steps}
+    recipes = [{"name": name, "calibration": size, "steps": steps} for name in ("a", "b")]
+    lmpress.compare(
+        tiny("llama"), [*recipes, other], tmp_path / "out", text=str(other_text), window=64, max_tokens=512
+    )
+    assert [args[:2] for args in written] == [(4, 32), (4, 48)]
+    lmpress.compress(tiny("llama"), recipes[1], tmp_path / "alone")  # writes it again, and nothing differs
+    for path in (tmp_path / "alone").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / "b" / path.name).read_bytes()

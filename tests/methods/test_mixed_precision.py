@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmpress.methods.entropy_quantization import EntropyOptions, conditional_deviations
 from lmpress.methods.gptq import GptqOptions, gptq
 from lmpress.methods.hessian import layer_loss
-from lmpress.methods.mixed_precision import predicted_losses
+from lmpress.methods.mixed_precision import error_deviations, predicted_losses
+from lmpress.methods.rtn import RoundOptions, round_to_nearest
 from tests.methods.test_gptq import inputs, random_weight, statistics_of
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -71,20 +71,34 @@ def test_a_sample_of_rows_tells_what_all_of_them_do(granularity: str, clip: bool
     assert losses(128) == pytest.approx(losses(600), rel=1e-9 if exact else 0.15)
 
 
-def test_bits_of_gptq_cost_about_what_is_predicted() -> None:
+@pytest.mark.parametrize("order", ["group-aware", "activation", "none"])
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_bits_of_gptq_cost_about_what_is_predicted(bits: int, order: str) -> None:
     """The errors of the weight as it is stand in for those after compensation, in the damped metric."""
     weight, statistics = random_weight(64, 48), statistics_of(inputs(48))
     hessian = statistics.require_hessian()
     damped = hessian + 0.03 * hessian.diagonal().mean() * torch.eye(48)
-    deviations = conditional_deviations(statistics, EntropyOptions(damping=0.03))
-    told = predicted_losses(weight, deviations, (3, 4, 6), granularity="channel", symmetric=True, clip=False)
-    for bits, loss in zip((3, 4, 6), told, strict=True):
-        form = gptq(
-            weight,
-            statistics,
-            GptqOptions(bits=bits, granularity="channel", damping=0.03, order="activation"),
-        ).form
-        assert layer_loss(weight - form.dense(), damped) == pytest.approx(loss, rel=0.35)
+    options = GptqOptions(bits=bits, granularity="group:16", damping=0.03, order=order, clip=False)
+    told = predicted_losses(
+        weight,
+        error_deviations(statistics, options),
+        [bits],
+        granularity="group:16",
+        symmetric=True,
+        clip=False,
+    )
+    loss = layer_loss(weight - gptq(weight, statistics, options).form.dense(), damped)
+    assert loss == pytest.approx(told[0], rel=0.25)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_bits_of_rounding_cost_about_what_is_predicted(bits: int) -> None:
+    weight, statistics = random_weight(64, 48), statistics_of(inputs(48))
+    deviations = error_deviations(statistics, None)
+    told = predicted_losses(weight, deviations, [bits], granularity="channel", symmetric=True, clip=False)
+    form = round_to_nearest(weight, None, RoundOptions(bits=bits)).form
+    loss = layer_loss(weight - form.dense(), statistics.require_hessian())
+    assert loss == pytest.approx(told[0], rel=0.15)
 
 
 def test_a_sensitivity_counts_in_proportion() -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmpress.api.compression import compress
+from lmpress.api.compression import compress_with
+from lmpress.api.loading import device_of
 from lmpress.api.measuring import evaluate_many
 from lmpress.checkpoint import read_json, write_bytes, write_json
 from lmpress.errors import RequestError
 from lmpress.evaluation import Evaluation, nominal_compression, sr_from_perplexity, srcr, tcr
+from lmpress.pipeline import RunOptions
 from lmpress.recipes import Recipe, load_recipe
 from lmpress.report import comparison_plot
 
@@ -105,7 +107,8 @@ def compare(
 ) -> Comparison:
     """Compress a model with each recipe, and measure all of them and the dense model in one pass.
 
-    Every checkpoint goes to `output/RECIPE`; a comparison that was interrupted goes on where it stopped.
+    The dense model is measured once, and text that it writes for calibration is written once. Every
+    checkpoint goes to `output/RECIPE`; a comparison that was interrupted goes on where it stopped.
     `comparison.json`, `comparison.csv`, `comparison.svg` and `comparison.png` are written to `output`.
 
     Args:
@@ -126,15 +129,9 @@ def compare(
     target = Path(output).expanduser()
     times = dict(read_json(target / TIMES)) if (target / TIMES).is_file() else {}
     for recipe in loaded:
-        done = compress(
-            model,
-            recipe,
-            target / recipe.name,
-            calibration=calibration,
-            device=device,
-            memory=memory,
-            resume=True,
-        )
+        lenders = tuple(target / name for name in names)
+        options = RunOptions(calibration, device_of(device), memory, resume=True, lenders=lenders)
+        done = compress_with(model, recipe, target / recipe.name, options)
         if recipe.name not in times:
             times[recipe.name] = {"seconds": done.seconds, "peak_resident_set": done.peak_resident_set}
             write_json(target / TIMES, times)

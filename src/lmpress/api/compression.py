@@ -91,9 +91,19 @@ def compress(
         RequestError: what was asked for cannot be done; nothing was changed.
         LmpressError: the work failed.
     """
+    options = RunOptions(calibration, device_of(device), memory, resume, force)
+    return compress_with(model, recipe, output, options)
+
+
+def compress_with(
+    model: str | Path,
+    recipe: str | Path | Recipe | Mapping[str, Any],
+    output: str | Path,
+    options: RunOptions,
+) -> Compressed:
+    """`compress`, with its options in one."""
     start = time.perf_counter()
     target = Path(output).expanduser()
-    options = RunOptions(calibration, device_of(device), memory, resume, force)
     wanted = load_recipe(recipe)  # before the model is looked for: that may take a download
     run = Run(open_source(model), wanted, target, options)
     fresh = not target.exists()
@@ -102,7 +112,7 @@ def compress(
             _execute(run)
         except LmpressError as error:
             # nothing that a resumed run could go on from, or a fault that it would meet again
-            if not run.journal.blocks() or (isinstance(error, RequestError) and not resume):
+            if not run.journal.blocks() or (isinstance(error, RequestError) and not options.resume):
                 run.abandon(fresh)
             raise
     manifest = read_json(target / MANIFEST)

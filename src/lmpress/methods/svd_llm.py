@@ -102,6 +102,15 @@ def svd_llm(
     return Rewritten(LowRank(Dense(left), Dense(right)), report)
 
 
+def row_weights(sensitivity: Tensor) -> Tensor:
+    """What an error of each output counts, (out,), from the mean squared gradients by them: their root.
+
+    Outputs that no gradient was seen for count a little, so that no row is given up.
+    """
+    mean = float(sensitivity.double().mean())
+    return sensitivity.clamp_min(1e-4 * mean if mean > 0 else 1.0).sqrt()
+
+
 def spectrum(weight: Tensor, hessian: Tensor | None, damping: float = 0.01) -> Tensor:
     """What each component adds to `||W X||^2`, largest first: the eigenvalues of `W H W^T`.
 

@@ -1,7 +1,7 @@
 """Recipe + model -> plan; the block stream; the journal that survives a crash."""
 
-from lmpress.pipeline.assemble import CALIBRATION, assemble, discard, written_files
-from lmpress.pipeline.calibration import CalibrationText, calibration_text, load_dense, small_ids
+from lmpress.pipeline.assemble import assemble, discard, written_files
+from lmpress.pipeline.calibration import CALIBRATION, CalibrationText, calibration_text, load_dense, small_ids
 from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.prediction import ModulePlan

@@ -11,22 +11,23 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from lmpress.errors import RequestError
 from lmpress.forms import EntropyCoded, Form
 from lmpress.methods.entropy_quantization import (
-    EntropyOptions,
     RateCurve,
     conditional_deviations,
     rate_curve,
     solve_step,
 )
+from lmpress.methods.gptq import GptqOptions
 from lmpress.methods.knapsack import solve
-from lmpress.methods.mixed_precision import predicted_losses
+from lmpress.methods.mixed_precision import error_deviations, predicted_losses
 from lmpress.methods.rtn import choose_scale_dtype
+from lmpress.methods.svd_llm import ranks_for_budget, row_weights, spectrum
 from lmpress.pipeline.activations import Activations
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import Leaf
@@ -34,7 +35,8 @@ from lmpress.pipeline.rewriting import current_form
 from lmpress.pipeline.sensitivity import sensitivities
 from lmpress.pipeline.stream import BlockStream
 from lmpress.progress import track
-from lmpress.recipes import EntropyQuantize, LeafContext, Quantize
+from lmpress.recipes import EntropyQuantize, LeafContext, Pivot, Quantize, Svd
+from lmpress.statistics import InputStatistics
 
 CHOICES = (2, 3, 4, 5, 6, 7, 8)
 """Bits that a module may get."""
@@ -55,12 +57,14 @@ class Allocation:
 
     Attributes:
         bits: whole bits by step and module.
+        ranks: ranks by step and module, 0 where a weight stays dense.
         targets: bits a weight by step, for entropy-coded ones.
         curves: what each module takes at every step of the grid, by step of the recipe and module.
         sensitivity: mean squared gradient by output, by module.
     """
 
     bits: dict[int, dict[str, int]]
+    ranks: dict[int, dict[str, int]]
     targets: dict[int, float]
     curves: dict[int, dict[str, RateCurve]]
     sensitivity: dict[str, Tensor]
@@ -69,6 +73,7 @@ class Allocation:
     def from_entry(cls, entry: Mapping[str, Any], sensitivity: dict[str, Tensor], plan: Plan) -> Allocation:
         """From what `survey_budgets` told."""
         bits: dict[int, dict[str, int]] = {}
+        ranks: dict[int, dict[str, int]] = {}
         targets: dict[int, float] = {}
         curves: dict[int, dict[str, RateCurve]] = {}
         for key, told in entry["budgets"].items():
@@ -80,9 +85,11 @@ class Allocation:
                     name: RateCurve(c["weights"], c["overhead"], tuple(c["log_steps"]), tuple(c["bits"]))
                     for name, c in told["curves"].items()
                 }
+            elif isinstance(step, Svd):
+                ranks[index] = {name: int(rank) for name, rank in told["ranks"].items()}
             else:
                 bits[index] = {name: int(width) for name, width in told["bits"].items()}
-        return cls(bits, targets, curves, sensitivity)
+        return cls(bits, ranks, targets, curves, sensitivity)
 
     def shares(
         self, names: Iterable[str], past: Sequence[Mapping[str, Any]], tried: Mapping[str, Any] | None = None
@@ -99,8 +106,9 @@ class Allocation:
         for name in names:
             bits = next((own[name] for own in self.bits.values() if name in own), None)
             step = next((steps[i] for i in steps if name in self.curves[i]), None)
-            if bits is not None or step is not None:
-                shares[name] = LeafContext(bits=bits, grid_step=step, sensitivity=self.sensitivity.get(name))
+            rank = next((own[name] for own in self.ranks.values() if name in own), None)
+            sensitivity = self.sensitivity.get(name)
+            shares[name] = LeafContext(bits=bits, grid_step=step, rank=rank, sensitivity=sensitivity)
         return shares
 
     def step(self, index: int, past: Sequence[Mapping[str, Any]], tried: Mapping[str, Any]) -> float:
@@ -213,29 +221,30 @@ def survey_budgets(
     """
     layout, budgets = stream.layout, plan.budgets
     entrances: list[Activations] = []
-    deviations: dict[tuple[float, str], Tensor] = {}
-    for i in track(range(layout.num_blocks), "Survey of the inputs"):
+    for i in track(range(layout.num_blocks), "Survey of the blocks"):
         entrances.append(_copied(stream, directory))
-        block = load(i)
         stream.at_block(i)
-        gathered, _ = stream.gather(block, dict.fromkeys(layout.sites, True), advance=True)
-        for site in layout.sites:
-            for damping in {_damping(plan, index) for index in budgets}:
-                u = conditional_deviations(gathered[site.name].statistics, EntropyOptions(damping=damping))
-                for linear in site.linears:
-                    deviations[damping, f"{layout.block_name(i)}.{linear}"] = u
+        stream.advance(load(i))
     sensitivity: dict[str, Tensor] = {}
     told: dict[int, dict[str, Any]] = {index: {} for index in budgets}
 
-    def seen(i: int, block: nn.Module, squares: Mapping[str, Tensor]) -> None:
+    def seen(
+        i: int, block: nn.Module, squares: Mapping[str, Tensor], inputs: Mapping[str, InputStatistics]
+    ) -> None:
+        known: dict[tuple[int, int], Tensor] = {}  # linears of one site have one input
         for linear, square in squares.items():
             name = f"{layout.block_name(i)}.{linear}"
             sensitivity[name] = square
-            for index, names in budgets.items():
-                if name in names:
-                    weight = current_form(block.get_submodule(linear)).dense()
-                    u = deviations[_damping(plan, index), name]
-                    told[index][name] = _outlook(plan, index, weight, u, square.to(weight.device))
+            weight = current_form(block.get_submodule(linear)).dense()
+            for index in (index for index, names in budgets.items() if name in names):
+                step = plan.recipe.steps[index]
+                if isinstance(step, Svd):
+                    told[index][name] = _spectrum(step, weight, inputs[linear], square.to(weight.device))
+                    continue
+                key = index, id(inputs[linear])
+                if key not in known:
+                    known[key] = _deviations(step, inputs[linear])
+                told[index][name] = _outlook(step, weight, known[key], square.to(weight.device))
 
     sensitivities(stream, outer, entrances, load, seen, plan.recipe.seed)
     for states in entrances:
@@ -251,13 +260,26 @@ def _copied(stream: BlockStream, directory: Path) -> Activations:
     return copy
 
 
-def _damping(plan: Plan, index: int) -> float:
-    return cast(Quantize | EntropyQuantize, plan.recipe.steps[index]).damping
+def _spectrum(step: Svd, weight: Tensor, inputs: InputStatistics, sensitivity: Tensor) -> Tensor:
+    """What each component adds to the squared error, of the outputs or of the model's loss."""
+    if step.allocation == "sensitivity":
+        weight = weight * row_weights(sensitivity)[:, None]
+    return spectrum(weight, inputs.require_hessian())
 
 
-def _outlook(plan: Plan, index: int, weight: Tensor, deviations: Tensor, sensitivity: Tensor) -> Any:
+def _deviations(step: Any, inputs: InputStatistics) -> Tensor:
+    """What the error of an input's column is divided by, as the solver of the step weighs it."""
+    if isinstance(step, EntropyQuantize):
+        return conditional_deviations(inputs, step.options())
+    assert isinstance(step, Quantize)
+    feedback = None
+    if step.solver == "gptq":
+        feedback = GptqOptions(granularity=step.granularity, damping=step.damping, order=step.order)
+    return error_deviations(inputs, feedback)
+
+
+def _outlook(step: Any, weight: Tensor, deviations: Tensor, sensitivity: Tensor) -> Any:
     """What one module costs: its rate at every step, or its loss and size at every number of bits."""
-    step = plan.recipe.steps[index]
     if isinstance(step, EntropyQuantize):
         return asdict(rate_curve(weight, deviations, step.options(), sensitivity=sensitivity))
     assert isinstance(step, Quantize)
@@ -291,6 +313,16 @@ def _given_out(plan: Plan, index: int, told: Mapping[str, Any]) -> dict[str, Any
                 f"{_upwards(least)}, which is the least"
             )
         return {"curves": {name: told[name] for name in names}}
+    if isinstance(step, Svd):
+        ranks = ranks_for_budget(
+            [told[name] for name in names],
+            [plan.modules[name].shape for name in names],
+            step.ratio or 1.0,
+            sensitivities=[1.0] * len(names) if step.allocation == "sensitivity" else None,
+            pivoted=any(isinstance(other, Pivot) for other in plan.recipe.steps),
+            multiple_of=step.multiple_of,
+        )
+        return {"ranks": {name: rank or 0 for name, rank in zip(names, ranks, strict=True)}}
     assert isinstance(step, Quantize)
     losses, sizes = zip(*(told[name] for name in names), strict=True)
     weights = sum(rows * columns for rows, columns in (plan.modules[name].shape for name in names))

@@ -26,11 +26,9 @@ from lmpress.checkpoint import (
     write_json,
 )
 from lmpress.checkpoint.card import model_card
+from lmpress.pipeline.calibration import CALIBRATION
 from lmpress.pipeline.source import ModelSource
 from lmpress.version import __version__
-
-CALIBRATION = "calibration.safetensors"
-"""The token ids that calibration and recovery saw, kept so that evaluation can refuse them."""
 
 
 def assemble(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lmpress.checkpoint import MANIFEST, read_json
 from lmpress.corpora import calibration_windows, fingerprint, generate_text, load_corpus
 from lmpress.errors import RequestError
 from lmpress.families import skeleton
 from lmpress.pipeline.source import ModelSource
+
+CALIBRATION = "calibration.safetensors"
+"""The token ids that calibration and recovery saw, kept so that evaluation can refuse them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,25 @@ def calibration_text(
         }
     record |= {"samples": samples, "seq_len": seq_len, "seed": seed}
     return CalibrationText(windows, record | {"tokens": windows.numel(), "ids_sha256": fingerprint(windows)})
+
+
+def borrowed_text(
+    lenders: Sequence[Path], source: ModelSource, samples: int, seq_len: int, seed: int
+) -> CalibrationText | None:
+    """The text that the model wrote for an earlier checkpoint, if it would write the same again."""
+    wanted = {"name": "self", "samples": samples, "seq_len": seq_len, "seed": seed}
+    for lender in lenders:
+        if not (lender / MANIFEST).is_file() or not (lender / CALIBRATION).is_file():
+            continue
+        manifest = read_json(lender / MANIFEST)
+        if manifest.get("source", {}).get("fingerprint") != source.fingerprint:
+            continue
+        for record in manifest.get("calibration") or []:
+            if wanted.items() <= record.items():
+                windows = load_file(lender / CALIBRATION)["input_ids"].long()
+                if fingerprint(windows) == record["ids_sha256"]:
+                    return CalibrationText(windows, record)
+    return None
 
 
 def small_ids(windows: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ class Plan:
         return any(step.needs_statistics for step in self.recipe.steps)
 
     @property
+    def needs_original(self) -> bool:
+        """Whether the dense model has to be run beside the compressed one."""
+        return any(step.needs_original for step in self.recipe.steps)
+
+    @property
     def budgets(self) -> dict[int, tuple[str, ...]]:
         """The modules that share a budget of bits, by the index of the step that gives it out."""
         shared: dict[int, tuple[str, ...]] = {}

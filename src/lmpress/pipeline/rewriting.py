@@ -16,7 +16,7 @@ from lmpress.methods.neuron_pruning import NeuronOptions, prune_neurons
 from lmpress.methods.result import Rewritten
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import ModulePlan
-from lmpress.pipeline.stream import BlockStream, Gathered
+from lmpress.pipeline.stream import BlockStream, Gathered, Original
 from lmpress.recipes import FormStep, LeafContext, PruneNeurons, in_storage
 
 
@@ -43,6 +43,7 @@ def rewrite_block(
     stream: BlockStream | None,
     width: int | None,
     shares: Mapping[str, LeafContext] | None = None,
+    original: Original | None = None,
 ) -> BlockResult:
     """Apply the plan to one block, in place.
 
@@ -53,6 +54,7 @@ def rewrite_block(
         stream: the calibration text in front of this block; None where no step needs any.
         width: neurons to keep, or None.
         shares: by full name, what the modules of the block have of a budget that they share.
+        original: the dense model at the same block; None where no step needs it.
     """
     result = BlockResult()
     prune = plan.recipe.steps[plan.neurons] if plan.neurons is not None else None
@@ -61,7 +63,7 @@ def rewrite_block(
             _prune(block, layout, prune, stream, width, result)
         modules = {linear: plan.modules[f"{name}.{linear}"] for linear in site.linears}
         if any(module.steps for module in modules.values()):
-            _rewrite_site(block, name, site, modules, plan, stream, shares or {}, result)
+            _rewrite_site(block, name, layout, site, modules, plan, stream, shares or {}, original, result)
     _settle(block, layout, plan.dtype, result)
     return result
 
@@ -87,11 +89,13 @@ def set_form(block: nn.Module, linear: str, form: Form, bias: Tensor | None = No
 def _rewrite_site(
     block: nn.Module,
     name: str,
+    layout: Layout,
     site: Site,
     modules: Mapping[str, ModulePlan],
     plan: Plan,
     stream: BlockStream | None,
     shares: Mapping[str, LeafContext],
+    original: Original | None,
     result: BlockResult,
 ) -> None:
     steps = [plan.recipe.steps[i] for module in modules.values() for i in module.steps]
@@ -101,6 +105,9 @@ def _rewrite_site(
         wanted = any(step.needs_statistics for step in steps)
         # where no step asks, one batch is enough to tell how far the linears stray
         gathered = stream.gather(block, {site: hessian}, batches=None if wanted else 1)[0][site.name]
+    cross: Tensor | None = None
+    if stream is not None and original is not None and any(step.needs_original for step in steps):
+        cross = stream.cross(block, site.linears[0], original, _kept_inputs(site, layout, result))
     for linear, module in modules.items():
         if not module.steps:
             continue
@@ -111,7 +118,9 @@ def _rewrite_site(
             step = plan.recipe.steps[index]
             assert isinstance(step, FormStep)
             share = _share(shares.get(f"{name}.{linear}"), result.kept.get(linear))
-            context = replace(share, granularity=module.granularity.get(index), seed=seed, weight=weight)
+            context = replace(
+                share, granularity=module.granularity.get(index), seed=seed, weight=weight, cross=cross
+            )
             rewritten = step.rewrite(form, None if gathered is None else gathered.statistics, context)
             form = rewritten.form
             reports.append({"step": step.kind} | rewritten.report)
@@ -119,6 +128,13 @@ def _rewrite_site(
         set_form(block, linear, form)
         result.forms[linear] = form
         result.report[linear] = _report(before, form, gathered, reports)
+
+
+def _kept_inputs(site: Site, layout: Layout, result: BlockResult) -> Tensor | None:
+    """The channels of the dense model's input of `site` that are left of it."""
+    if layout.neurons.output not in site.linears:
+        return None
+    return result.kept.get(layout.neurons.inputs[0])
 
 
 def _share(share: LeafContext | None, kept: Tensor | None) -> LeafContext:

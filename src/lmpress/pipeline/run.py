@@ -16,7 +16,7 @@ from lmpress.checkpoint import MANIFEST, read_header, read_json, sha256_file, wr
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
 from lmpress.pipeline.allocation import Allocation, survey_budgets
-from lmpress.pipeline.assemble import CALIBRATION, assemble, discard, publish, remove_stale, written_files
+from lmpress.pipeline.assemble import assemble, discard, publish, remove_stale, written_files
 from lmpress.pipeline.blocks import (
     Descriptions,
     block_tensors,
@@ -25,12 +25,18 @@ from lmpress.pipeline.blocks import (
     restored_block,
     restored_outer,
 )
-from lmpress.pipeline.calibration import CalibrationText, calibration_text, small_ids
+from lmpress.pipeline.calibration import (
+    CALIBRATION,
+    CalibrationText,
+    borrowed_text,
+    calibration_text,
+    small_ids,
+)
 from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.rewriting import rewrite_block, rewrite_outer
 from lmpress.pipeline.source import ModelSource
-from lmpress.pipeline.stream import BlockStream
+from lmpress.pipeline.stream import BlockStream, Original
 from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
 from lmpress.progress import note, track
 from lmpress.recipes import Recipe
@@ -54,6 +60,7 @@ class RunOptions:
         memory: bytes that the run may use for hidden states, None for no limit.
         resume: go on where an interrupted run stopped.
         force: overwrite an earlier checkpoint.
+        lenders: checkpoints of the same model that may lend the text that `self` would write again.
     """
 
     calibration: str = "self"
@@ -61,6 +68,7 @@ class RunOptions:
     memory: int | None = None
     resume: bool = False
     force: bool = False
+    lenders: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -147,11 +155,16 @@ class Run:
         done = {entry["block"]: entry for entry in self.journal.blocks()}
         streamed = self.plan.needs_text and len(done) < self.source.layout.num_blocks
         stream = self._stream(text) if streamed and text is not None else None
+        dense = self._stream(text) if streamed and text is not None and self.plan.needs_original else None
         blocks = self.source.layout.num_blocks
         for i in track(range(blocks), f"Compressing {self.source.name} with {self.recipe.name}"):
+            original = None if dense is None else self._original(dense, i)
             if stream is not None:
                 stream.at_block(i)
-            entry = done.get(i) or self._block(i, stream, None if widths is None else widths[i], allocation)
+            width = None if widths is None else widths[i]
+            entry = done.get(i) or self._block(i, stream, width, allocation, original)
+            if original is not None:
+                original.stream.advance(original.block)
             if stream is not None and i + 1 < blocks:
                 shard = self.staging / entry["file"]
                 stream.advance(restored_block(self.source, i, shard, entry["plan"], self.device))
@@ -165,14 +178,12 @@ class Run:
         if entry is not None and path.is_file():
             return CalibrationText(load_file(path)["input_ids"].long(), entry["calibration"])
         wanted = self.recipe.calibration
-        text = calibration_text(
-            self.options.calibration,
-            self.source,
-            wanted.samples,
-            wanted.seq_len,
-            self.recipe.seed,
-            self.options.device,
-        )
+        size = wanted.samples, wanted.seq_len, self.recipe.seed
+        text = None
+        if self.options.calibration == "self":
+            text = borrowed_text(self.options.lenders, self.source, *size)
+        if text is None:
+            text = calibration_text(self.options.calibration, self.source, *size, self.options.device)
         write_tensors(path, {"input_ids": small_ids(text.windows)})
         self.journal.append({"calibration": text.record})
         return text
@@ -252,11 +263,20 @@ class Run:
             device=self.device,
         )
 
+    def _original(self, stream: BlockStream, index: int) -> Original:
+        stream.at_block(index)
+        return Original(stream, self._dense(index))
+
     def _dense(self, index: int) -> nn.Module:
         return dense_block(self.source, index, self.device)
 
     def _block(
-        self, index: int, stream: BlockStream | None, width: int | None, allocation: Allocation | None
+        self,
+        index: int,
+        stream: BlockStream | None,
+        width: int | None,
+        allocation: Allocation | None,
+        original: Original | None,
     ) -> dict[str, Any]:
         layout = self.source.layout
         name, past = layout.block_name(index), self.journal.blocks()
@@ -266,7 +286,7 @@ class Run:
             block = self._dense(index)
             shares = {} if allocation is None else allocation.shares(linears, past, rates)
             try:
-                result = rewrite_block(block, name, layout, self.plan, stream, width, shares)
+                result = rewrite_block(block, name, layout, self.plan, stream, width, shares, original)
             except ValueError as error:
                 raise LmpressError(f"{name}: {error}") from error
             if allocation is None:
@@ -313,7 +333,7 @@ class Run:
         told: dict[str, Any] = {"tokens": entry["allocation"]["tokens"]}
         for key, shared in entry["allocation"]["budgets"].items():
             rates = [block["rates"][key] for block in self.journal.blocks() if key in block.get("rates", {})]
-            facts = {name: value for name, value in shared.items() if name not in ("curves", "bits")}
+            facts = {name: value for name, value in shared.items() if name not in ("curves", "bits", "ranks")}
             if rates:
                 facts["bits_per_weight"] = sum(r["bits"] for r in rates) / sum(r["weights"] for r in rates)
                 facts["predicted"] = sum(r["predicted"] for r in rates) / sum(r["weights"] for r in rates)

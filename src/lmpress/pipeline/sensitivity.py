@@ -10,7 +10,7 @@ and no graph spans more than one block.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lmpress.families import Layout
 from lmpress.pipeline.activations import Activations
 from lmpress.pipeline.stream import BlockStream, replaced_blocks
 from lmpress.progress import track
+from lmpress.statistics import InputStatistics, StatisticsAccumulator
 
 
 def entrance_gradient(
@@ -63,6 +64,7 @@ def squared_gradients(
     linears: Sequence[str],
     entrance: Activations,
     gradients: Tensor,
+    inputs: Mapping[str, StatisticsAccumulator] | None = None,
 ) -> dict[str, Tensor]:
     """Mean squared gradients by the outputs of linears of one block; the gradients go on to its entrance.
 
@@ -70,12 +72,15 @@ def squared_gradients(
         stream: tells how the block is called.
         entrance: the hidden states in front of the block, (samples, seq_len, width).
         gradients: by the hidden states behind the block, of this shape; afterwards by those in front.
+        inputs: by linear, what gathers its inputs in the same pass.
 
     Returns:
         by linear, float32 (out,).
     """
     sums: dict[str, Tensor] = {}
     handles = [block.get_submodule(name).register_forward_hook(_watch(name, sums)) for name in linears]
+    for name, accumulator in (inputs or {}).items():
+        handles.append(block.get_submodule(name).register_forward_pre_hook(_gather(accumulator)))
     tokens = 0
     try:
         for rows in stream.batches():
@@ -102,12 +107,19 @@ def _watch(name: str, sums: dict[str, Tensor]) -> Callable[..., None]:
     return hook
 
 
+def _gather(accumulator: StatisticsAccumulator) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        accumulator.update(args[0])
+
+    return hook
+
+
 def sensitivities(
     stream: BlockStream,
     outer: Any,
     entrances: Sequence[Activations],
     load: Callable[[int], nn.Module],
-    seen: Callable[[int, nn.Module, Mapping[str, Tensor]], None],
+    seen: Callable[[int, nn.Module, Mapping[str, Tensor], Mapping[str, InputStatistics]], None],
     seed: int,
 ) -> None:
     """Go back through all blocks, the last one first.
@@ -116,11 +128,21 @@ def sensitivities(
         stream: whose states are those behind the last block.
         entrances: the hidden states in front of every block.
         load: gives the real dense block of an index.
-        seen: is called with each block's index, the block, and its linears' mean squared gradients.
+        seen: is called with each block's index, the block, its linears' mean squared gradients, and the
+            statistics of their inputs, Hessians and all.
     """
     layout = stream.layout
     gradients = entrance_gradient(outer, layout, stream.windows, stream.states, seed, stream.device)
     for i in track(range(layout.num_blocks - 1, -1, -1), "Sensitivity of the blocks"):
         block = load(i)
         stream.at_block(i)
-        seen(i, block, squared_gradients(stream, block, layout.linears, entrances[i], gradients))
+        firsts = {site.linears[0]: site for site in layout.sites}
+        inputs = {
+            name: StatisticsAccumulator(
+                int(cast(Any, block.get_submodule(name)).in_features), True, stream.device
+            )
+            for name in firsts
+        }
+        squares = squared_gradients(stream, block, layout.linears, entrances[i], gradients, inputs)
+        results = {name: accumulator.result() for name, accumulator in inputs.items()}
+        seen(i, block, squares, {linear: results[n] for n, s in firsts.items() for linear in s.linears})

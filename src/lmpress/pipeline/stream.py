@@ -38,6 +38,19 @@ class Gathered:
     sample: Tensor
 
 
+@dataclass(frozen=True)
+class Original:
+    """The dense model beside the compressed one, at the same block.
+
+    Attributes:
+        stream: the calibration text in front of the block, as the dense model sees it.
+        block: the dense block.
+    """
+
+    stream: BlockStream
+    block: nn.Module
+
+
 @dataclass
 class _Call:
     """How the model calls its blocks for one batch shape."""
@@ -146,6 +159,35 @@ class BlockStream:
             output = self._run(block, rows)
             assert output is not None
             self.states[rows] = output
+
+    def cross(self, block: nn.Module, linear: str, original: Original, kept: Tensor | None = None) -> Tensor:
+        """C = E[(x_fp - x) x^T] (in, in), x being the input of `linear` in `block`, and x_fp in the original.
+
+        Args:
+            kept: the channels of x_fp that x still has; None for all.
+        """
+        total, count = torch.zeros(()), 0
+        caught: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            caught.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
+            raise _Stop
+
+        pair = (self, block), (original.stream, original.block)
+        handles = [b.get_submodule(linear).register_forward_pre_hook(hook) for _, b in pair]
+        try:
+            for rows in self.batches():
+                caught.clear()
+                for stream, run in pair:
+                    stream._run(run, rows)
+                x, dense = caught
+                dense = dense if kept is None else dense[:, kept]
+                total = total + (dense - x).T @ x
+                count += x.shape[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return total / max(1, count)
 
     def energy(self) -> float:
         """Mean squared norm of a token's hidden state."""

@@ -56,6 +56,11 @@ class Step(Strict):
         return self.needs_hessian
 
     @property
+    def needs_original(self) -> bool:
+        """Whether the dense model has to be run beside the compressed one."""
+        return False
+
+    @property
     def shares_budget(self) -> bool:
         """Whether its modules share one budget of bits, by how sensitive the model is to each."""
         return False
@@ -81,6 +86,9 @@ class LeafContext:
         grid_step: the step of all grids, where the budget is met by one step for all.
         sensitivity: mean squared gradient of the model's loss by each output, (out,); None where nobody
             asked for it.
+        cross: E[(x_fp - x) x^T] (in, in), x being the input of the module and x_fp that of the dense model;
+            None where nobody asked for it, and behind a factor.
+        rank: the share of a budget of parameters; 0 where the weight is better left dense.
     """
 
     granularity: str | None = None
@@ -89,6 +97,8 @@ class LeafContext:
     bits: int | None = None
     grid_step: float | None = None
     sensitivity: Tensor | None = None
+    cross: Tensor | None = None
+    rank: int | None = None
 
     def behind(self, matrix: Tensor) -> LeafContext:
         """The context of a factor whose outputs (r,) go through `matrix` (out, r) to become the module's."""
@@ -147,7 +157,7 @@ class LeafStep(FormStep):
         """Two forms that run one after the other, the second on what the first gives; each in its context."""
         before = self.rewrite(first, statistics, inner)
         between = None if statistics is None else statistics.through(before.form.dense())
-        return before, self.rewrite(second, between, outer)
+        return before, self.rewrite(second, between, replace(outer, cross=None))
 
 
 def _pivoted_contexts(form: Pivoted, context: LeafContext) -> tuple[LeafContext, LeafContext]:

@@ -12,7 +12,7 @@ from lmpress.methods.low_rank_correction import CorrectionOptions, low_rank_corr
 from lmpress.methods.pivoting import PivotOptions, pivot
 from lmpress.methods.result import Rewritten
 from lmpress.methods.svd import SvdOptions, svd
-from lmpress.methods.svd_llm import SvdLlmOptions, svd_llm
+from lmpress.methods.svd_llm import SvdLlmOptions, row_weights, svd_llm
 from lmpress.recipes.steps.base import FormStep, LeafContext, LeafStep, Positive, Ratio, Share
 from lmpress.statistics import InputStatistics
 
@@ -24,6 +24,10 @@ class Svd(LeafStep):
         method: `svd`, truncated SVD as in SPQ (arXiv 2602.18420), whitened as in SVD-LLM (2403.07378);
             `asvd` (2312.05821), in inputs scaled by their mean magnitude; `svd_llm`, the whitened
             truncation of SVD-LLM at the rank of `ratio`, whatever it costs.
+        allocation: of svd_llm: `uniform` gives every module the same share of its parameters, `error` the
+            same relative error of its outputs (PGSVD, arXiv 2510.05544), `sensitivity` what the model's loss
+            asks for; `ratio` is then the share that all modules together keep.
+        update: of svd_llm: how far the left factor is moved towards the outputs of the dense model, 0 to 1.
         alpha: of asvd: the power of E|x|.
     """
 
@@ -36,6 +40,8 @@ class Svd(LeafStep):
     whiten: bool = True
     multiple_of: Positive = 1
     rule: Literal["exact", "paper"] = "exact"
+    allocation: Literal["uniform", "error", "sensitivity"] = "uniform"
+    update: Ratio = 0.0
     alpha: Ratio = 0.5
 
     @model_validator(mode="after")
@@ -49,11 +55,21 @@ class Svd(LeafStep):
                 raise ValueError(f"method: {self.method} takes its rank from `ratio`")
             if self.rule != "exact" or not self.whiten:
                 raise ValueError("`rule` and `whiten` are for method: svd")
+        if self.method != "svd_llm" and (self.allocation != "uniform" or self.update):
+            raise ValueError("`allocation` and `update` are for method: svd_llm")
         return self
 
     @property
     def blocks_only(self) -> bool:
         return True
+
+    @property
+    def shares_budget(self) -> bool:
+        return self.allocation != "uniform"
+
+    @property
+    def needs_original(self) -> bool:
+        return self.update > 0
 
     @property
     def needs_hessian(self) -> bool:
@@ -67,7 +83,7 @@ class Svd(LeafStep):
         if not isinstance(leaf, Dense):
             raise ValueError(f"svd factors dense weights, and this one is {leaf.formula}; put svd earlier")
         if self.method != "svd":
-            return self._other(leaf, statistics)
+            return self._other(leaf, statistics, context)
         options = SvdOptions(
             keep_variance=self.keep_variance,
             ratio=self.ratio,
@@ -78,13 +94,19 @@ class Svd(LeafStep):
         )
         return svd(leaf.weight, statistics, options)
 
-    def _other(self, leaf: Dense, statistics: InputStatistics | None) -> Rewritten:
+    def _other(self, leaf: Dense, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         assert self.ratio is not None
         if statistics is None:
             raise ValueError(f"svd by method: {self.method} needs calibration text")
         if self.method == "asvd":
             return asvd(leaf.weight, statistics, AsvdOptions(self.ratio, self.alpha, self.multiple_of))
-        return svd_llm(leaf.weight, statistics, SvdLlmOptions(self.ratio, multiple_of=self.multiple_of))
+        if context.rank == 0:
+            return Rewritten(leaf, {"rank": None, "reason": "the budget leaves this weight dense"})
+        options = SvdLlmOptions(self.ratio, context.rank, update=self.update, multiple_of=self.multiple_of)
+        weights = context.sensitivity if self.allocation == "sensitivity" else None
+        rows = None if weights is None else row_weights(weights)
+        cross = context.cross if self.needs_original else None
+        return svd_llm(leaf.weight, statistics, options, cross, rows)
 
 
 class Pivot(FormStep):
