@@ -45,7 +45,7 @@ SLACK = 0.001
 """Bits a weight below its target that an entropy-coded model aims at: no block corrects the last one."""
 
 TRUST = 2
-"""Blocks' worth of prediction that a correction by real sizes is blended with, while few are known."""
+"""Surplus bits that n blocks tell are divided by 1 + TRUST / n^2: the first blocks are unlike the others."""
 
 SURPRISE = 0.03
 """A block that misses its prediction by more, relatively, is done again: the first one, as a rule."""
@@ -166,14 +166,14 @@ def _rates(index: int, past: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
 
 
 def _surplus(rates: Sequence[Mapping[str, Any]], trust: int = TRUST) -> float:
-    """Real bits a weight less predicted ones, blended with `trust` blocks whose prediction is right.
+    """Real bits a weight less predicted ones, smaller while few blocks have told it.
 
     A difference, for what curves do not know is mostly how large the values are (of compensated weights, of
     factors), and that adds the same number of bits at any step.
     """
     more = sum(rate["bits"] - rate["predicted"] for rate in rates)
     weights = sum(rate["weights"] for rate in rates)
-    return float(more / (weights * (1 + trust / len(rates)))) if weights else 0.0
+    return float(more / (weights * (1 + trust / len(rates) ** 2))) if weights else 0.0
 
 
 def _least(curves: Sequence[RateCurve]) -> float:
