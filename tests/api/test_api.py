@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lmpress
+from lmpress.corpora import corpus
 from lmpress.errors import RequestError
 from lmpress.pipeline import WORK, Run
 
@@ -35,3 +36,18 @@ def test_a_type_that_does_not_exist(
     path = tiny("llama") if model == "llama" else compressed("llama")
     with pytest.raises(RequestError, match="'nn' is no floating-point type; known: float16"):
         lmpress.evaluate(path, text="python-docs", dtype="nn")
+
+
+def test_c4_is_evaluated_on_its_validation_split(
+    monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path], other_text: Path
+) -> None:
+    asked = []
+
+    def rows(split: str) -> tuple[str, ...]:
+        asked.append(split)
+        return (other_text.read_text(),)
+
+    monkeypatch.setitem(corpus.NAMED, "c4", rows)
+    result = lmpress.evaluate(tiny("llama"), text="c4", window=64, max_tokens=128)
+    assert asked == ["validation"]
+    assert result.to_json()["texts"][0]["split"] == "validation"

@@ -167,6 +167,67 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(
     assert json.loads(stdout)["exit_code"] == 2
 
 
+NEEDS_NO_TEXT, NEEDS_TEXT = "int8", "svd"
+
+
+@pytest.mark.parametrize("recipe", [NEEDS_NO_TEXT, NEEDS_TEXT])
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--resume"]])
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        ("NONSENSE", "there is no corpus or file 'NONSENSE'"),
+        ("python-docs,NONSENSE", "there is no corpus or file 'NONSENSE'"),
+        ("file:nowhere/gone.txt", "cannot read the text file 'nowhere/gone.txt': No such file"),
+        (",", "no text is named in ','"),
+        ("{directory}", "Is a directory"),
+    ],
+)
+def test_calibration_that_does_not_exist_is_refused_before_any_work(
+    recipe: str,
+    more: list[str],
+    calibration: str,
+    words: str,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lmpress.api import compression
+    from lmpress.corpora import corpus
+
+    def too_late(*_: Any) -> None:
+        raise AssertionError("a model was opened, or a text was read")
+
+    monkeypatch.setattr(compression, "open_source", too_late)
+    monkeypatch.setitem(corpus.NAMED, "python-docs", too_late)
+    out = tmp_path / "out"
+    filled = calibration.format(directory=tmp_path)
+    code, stdout, stderr = run(
+        "compress", "model", "-r", recipe, "-o", out, "--calibration", filled, *more, "--json"
+    )
+    assert code == 2
+    told = json.loads(stdout)
+    assert words in told["error"]
+    assert "\n" not in told["error"]
+    assert "Traceback" not in stderr
+    assert not out.exists()
+
+
+def test_text_that_does_not_exist_is_refused_before_any_work(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmpress.api import comparison, measuring
+
+    def too_late(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was compressed or loaded")
+
+    monkeypatch.setattr(comparison, "compress_with", too_late)
+    monkeypatch.setattr(measuring, "load_any", too_late)
+    for verb in (["evaluate", "model"], ["compare", "model", "-r", "int8", "-o", tmp_path / "out"]):
+        code, stdout, _ = run(*verb, "--text", "NONSENSE", "--json")
+        assert code == 2
+        assert "there is no corpus or file 'NONSENSE'" in json.loads(stdout)["error"]
+
+
 def test_recipes(run: Run, tmp_path: Path) -> None:
     code, stdout, _ = run("recipes", "--json")
     assert code == 0

@@ -6,7 +6,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from lmpress.corpora import hub, load_corpus
+from lmpress.corpora import evaluation_split, hub, load_corpus
 from lmpress.errors import RequestError
 
 
@@ -99,3 +99,17 @@ def test_an_unknown_split_is_refused():
         load_corpus("wikitext2", "tset")
     with pytest.raises(RequestError, match="no split 'test'"):
         load_corpus("c4", "test")
+
+
+@pytest.mark.parametrize(("name", "split"), [("wikitext2", "test"), ("c4", "validation")])
+def test_evaluation_asks_for_a_split_that_there_is(monkeypatch, answering, name, split):
+    asked = []
+
+    def load_dataset(*_, **options):
+        asked.append(options["split"])
+        return {"text": ["a"]} if name == "wikitext2" else [{"text": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_corpus(name, evaluation_split(name)).split == split
+    assert load_corpus(name).split == "train"  # calibration never reads what evaluation does
+    assert asked == [split, "train"]

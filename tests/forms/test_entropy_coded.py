@@ -13,7 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmpress.forms import EntropyCoded, ScaledCodes, ans, decode_all, form_from_description
+from lmpress.forms import (
+    Bitmap,
+    CompressedEmbedding,
+    CompressedLinear,
+    Dense,
+    EntropyCoded,
+    Form,
+    LowRank,
+    NofM,
+    Pivoted,
+    ScaledCodes,
+    Sparse,
+    Sum,
+    ans,
+    decode_all,
+    form_from_description,
+)
 
 
 def scales(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -241,12 +257,74 @@ def test_roots_are_powers_of_two() -> None:
         assert value == pytest.approx(2**32 * math.exp2(-i / 256), abs=16)
 
 
+def plain(shape: tuple[int, int], row_scale: float = 0.5) -> EntropyCoded:
+    """Codes with one scale in all, some of them beyond a byte."""
+    codes = laplace(*shape, 12.0, seed=shape[1])
+    return EntropyCoded.from_codes(codes, torch.tensor([[row_scale]]), torch.tensor([[0.25]]), 100)
+
+
+MASK = torch.arange(40)[:, None] * 7 % 5 + torch.arange(24) % 3 > 2
+HALF = torch.arange(24) % 4 < torch.full((40, 1), 2)
+ROW_SCALES = torch.rand(40, 1, generator=torch.Generator().manual_seed(3)).half()
+MIXED: dict[str, Form] = {
+    "alone": coded(laplace(40, 24, 3.0) + 300 * (torch.arange(960).view(40, 24) % 311 == 5), 100),
+    "bytes": coded(laplace(40, 24, 3.0)),
+    "wide": coded(laplace(40, 24, 4000.0), 10**6),
+    "no columns": coded(torch.zeros(7, 0)),
+    "no rows": coded(torch.zeros(0, 7)),
+    "product": LowRank(coded(laplace(40, 5, 9.0)), Dense(torch.ones(5, 24))),
+    "sum": Sum((coded(laplace(40, 24, 9.0)), LowRank(Dense(torch.ones(40, 2)), coded(laplace(2, 24, 50.0))))),
+    "pivoted": Pivoted.from_parts(
+        coded(laplace(5, 24, 9.0)), coded(laplace(35, 5, 9.0)), torch.arange(40) % 8 == 3
+    ),
+    "bitmap": Sparse(Bitmap.from_mask(MASK), plain((1, int(MASK.sum())))),
+    "scaled bitmap": Sparse(Bitmap.from_mask(MASK), plain((1, int(MASK.sum()))), ROW_SCALES),
+    "n:m": Sparse(NofM.from_mask(HALF, 2, 4), plain((40, 12))),
+    "column scales of the kept": Sparse(Bitmap.from_mask(HALF), coded(laplace(40, 12, 9.0))),
+}
+
+
+@pytest.mark.parametrize("case", list(MIXED))
+def test_the_stored_form_comes_back_from_the_resident_one(case: str) -> None:
+    form = MIXED[case]
+    resident = form.resident()
+    assert "ec" not in resident.formula
+    assert ("Sparse" in resident.formula) == (case == "column scales of the kept")
+    torch.testing.assert_close(resident.dense(torch.float64), form.dense(torch.float64), rtol=1e-12, atol=0)
+    again = form.without_values().stored(resident)
+    assert again.describe() == form.describe()
+    for name, tensor in form.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor), name
+    assert resident.resident() is resident
+
+
+def test_a_module_drops_the_payload_and_codes_it_anew() -> None:
+    form = MIXED["alone"]
+    module = CompressedLinear(form)
+    module.hold_resident()
+    assert isinstance(module.form, ScaledCodes)
+    assert module.form.overflow is not None
+    assert module.kept_beside() == []
+    assert module.form_tensors()["weight"].dtype == torch.int8
+    module.to(torch.bfloat16).to("cpu")
+    for name, tensor in module.stored_form.tensors().items():
+        assert torch.equal(tensor, form.tensors()[name]), name
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(module(x), x @ form.dense().T, rtol=1e-4, atol=1e-2)
+    table = CompressedEmbedding(form)
+    table.hold_resident()
+    assert torch.equal(table(torch.tensor([3, 39])), form.dense()[[3, 39]])
+    assert table.stored_form.describe() == form.describe()
+
+
 def test_decode_all_shares_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmpress.forms.entropy_coded.SHARE", 2000)
     matrices = [laplace(rows, 24, 40.0 * rows, seed=rows) for rows in (50, 100, 3, 200)]
     forms = [coded(codes) for codes in matrices]
     assert {form.itemsize for form in forms} > {2}
     decoded = decode_all(forms, processes=3)
+    for one in decoded:  # no matrix keeps another one's memory alive
+        assert one.codes.untyped_storage().nbytes() == one.codes.nbytes
     for form, codes, one in zip(decoded, matrices, forms, strict=True):
         assert isinstance(form, ScaledCodes)
         assert torch.equal(form.whole_codes(torch.int64), codes)

@@ -13,9 +13,11 @@ from lmpress.forms import (
     CompressedEmbedding,
     CompressedLinear,
     Dense,
+    EntropyCoded,
     Form,
     LowRank,
     Quantized,
+    ScaledCodes,
     Sum,
 )
 from lmpress.kernels import TABLE, attach, floating, integer, run, scratch
@@ -42,6 +44,24 @@ def quantized(
     codes = torch.randint(low, low + (1 << bits), shape, generator=generator)
     zero = None if symmetric else torch.randint(0, 1 << bits, grid, generator=generator)
     return Quantized.from_codes(codes, scale, zero, bits)
+
+
+KINDS = ["bytes", "overflow", "one scale", "int16", "int32"]
+
+
+def scaled_codes(shape: tuple[int, int], kind: str = "overflow", seed: int = 0) -> ScaledCodes:
+    """Random codes between two random scales; of `overflow` one in 99 is beyond a byte."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = shape
+    largest = {"int16": 3000, "int32": 10**6}.get(kind, 127)
+    codes = torch.randint(-largest, largest + 1, shape, generator=generator)
+    if kind in ("overflow", "one scale"):
+        codes[torch.arange(rows * columns).view(shape) % 99 == 7] *= 40
+    grids = [(1, 1), (1, 1)] if kind == "one scale" else [(rows, 1), (1, columns)]
+    row_scale, column_scale = ((torch.rand(grid, generator=generator) + 0.1).half() for grid in grids)
+    row_scale = row_scale.float() * (127 / largest)
+    dtype = torch.int16 if kind == "int16" else torch.int32
+    return ScaledCodes(codes.to(dtype), row_scale, column_scale).compact()
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -90,6 +110,42 @@ def test_the_size_of_a_real_layer(bits: int, symmetric: bool, granularity: str, 
     for dtype in (torch.float32, torch.bfloat16):
         x = activations(tokens, 576, dtype=dtype)
         assert error(form, x, run(form, x)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(5, 17), (24, 64), (40, 96), (1, 200), (0, 16), (16, 0)])
+def test_scaled_codes(way: str, kind: str, shape: tuple[int, int]) -> None:
+    form = scaled_codes(shape, kind)
+    if shape[0] * shape[1] > 100:
+        assert form.codes.dtype == getattr(torch, kind, torch.int8)
+        assert (form.overflow is None) == (kind not in ("overflow", "one scale"))
+    for dtype in FLOATS:
+        for batch in ((), (0,), (1,), (3,), (65,), (2, 1)):
+            x = activations(*batch, shape[1], dtype=dtype)
+            assert error(form, x, run(form, x)) < TOLERANCE[dtype], (dtype, batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 3, 300])
+def test_scaled_codes_of_a_real_layer(kind: str, tokens: int) -> None:
+    form = scaled_codes((600, 576), kind)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = activations(tokens, 576, dtype=dtype)
+        assert error(form, x, run(form, x)) < TOLERANCE[dtype]
+    if kind == "overflow" and integer.has_exact_int8():
+        x = activations(tokens, 576)
+        assert error(form, x, run(form, x)) < 2e-7
+
+
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_entropy_coded_is_its_resident_form(tokens: int) -> None:
+    resident = scaled_codes((40, 64))
+    scales = resident.row_scale, resident.column_scale
+    form = EntropyCoded.from_codes(resident.whole_codes(torch.int64), *scales, chunk_size=300)
+    x = activations(tokens, 64)
+    both = Sum((LowRank(Dense(torch.eye(40)), form), Dense(torch.ones(40, 64))))
+    assert torch.equal(run(form, x), run(resident, x))
+    assert error(both, x, run(both, x)) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -163,8 +219,17 @@ def test_parts_and_old_content_of_buffers(
     monkeypatch: pytest.MonkeyPatch, way: str, granularity: str, bits: int, symmetric: bool, limit: int
 ) -> None:
     """Rows longer than the buffers, or only some of them; and buffers full of what was there before."""
-    x, form = activations(9, 64), quantized((33, 64), bits, symmetric, granularity)
-    buffers = scratch._Buffers()
+    parts_and_old_content(monkeypatch, quantized((33, 64), bits, symmetric, granularity), limit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [1, 200, 4096])
+def test_parts_of_scaled_codes(monkeypatch: pytest.MonkeyPatch, way: str, kind: str, limit: int) -> None:
+    parts_and_old_content(monkeypatch, scaled_codes((33, 64), kind), limit)
+
+
+def parts_and_old_content(monkeypatch: pytest.MonkeyPatch, form: Form, limit: int) -> None:
+    x, buffers = activations(9, 64), scratch._Buffers()
     monkeypatch.setattr(scratch, "_buffers", buffers)
     monkeypatch.setattr(scratch, "LIMIT", limit)
     for batch in (x, x[:1], x.bfloat16(), x[:1].bfloat16()):
@@ -221,6 +286,11 @@ def test_gradients_where_they_are_wanted() -> None:
     run(form, x).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     torch.testing.assert_close(x.grad, form.dense().sum(0).expand(3, -1))
+    whole = scaled_codes((40, 64))
+    x = activations(3, 64).requires_grad_()
+    run(whole, x).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, whole.dense().sum(0).expand(3, -1), rtol=1e-4, atol=1e-2)
     form.scale.requires_grad_()
     run(LowRank(Dense(torch.eye(40)), form), x.detach()).sum().backward()  # type: ignore[no-untyped-call]
     assert form.scale.grad is not None

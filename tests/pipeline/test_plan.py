@@ -121,6 +121,24 @@ def test_targets(targets: str, count: int, tiny: Callable[[str], Path]) -> None:
     assert len(plan["modules"]) == count
 
 
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([{"recover": {"targets": "*.nothing"}}], "step 1 .recover. targets .*matches no module"),
+        ([{"recover": {"targets": "*"}}], "not on embeddings"),
+        (
+            [{"sparsify": {"sparsity": 0.5, "targets": "*.q_proj"}}, {"recover": {}}],
+            "layers.0.self_attn.q_proj.* keep: term",
+        ),
+    ],
+)
+def test_targets_of_recovery_are_looked_at_by_name(
+    steps: list[dict[str, Any]], words: str, tiny: Callable[[str], Path]
+) -> None:
+    with pytest.raises(RequestError, match=words):
+        lmpress.plan(tiny("llama"), {"steps": steps})
+
+
 def test_a_glob_that_matches_nothing(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(RequestError, match="matches no module"):
         lmpress.plan(tiny("llama"), one({"quantize": {"targets": "*.experts.*"}}))

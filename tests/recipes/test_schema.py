@@ -161,6 +161,16 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str) -> None:
             {"steps": [{"entropy_quantize": {}}, {"recover": {"keep": "merge"}}]},
             ["merged into what entropy_quantize makes", "keep: term"],
         ),
+        (
+            {
+                "steps": [
+                    {"sparsify": {"sparsity": 0.5, "targets": "mlp"}},
+                    {"recover": {"targets": "linears"}},
+                ]
+            },
+            ["keep: term"],
+        ),
+        ({"steps": [{"recover": {"targets": "embeddings"}}]}, ["recover works on", "not on embeddings"]),
         ("steps", ["mapping"]),
     ],
 )
@@ -186,6 +196,8 @@ def test_what_is_wrong_is_said_in_one_line(recipe: object, words: list[str]) -> 
         [{"entropy_quantize": {}}, {"correct": {"rank": 4}}, {"recover": {"keep": "term"}}],
         [{"entropy_quantize": {"targets": "embeddings"}}, {"quantize": {}}, {"recover": {}}],
         [{"quantize": {"bits": 4.25, "allocation": "mixed"}}, {"recover": {"keep": "merge"}}],
+        [{"sparsify": {"sparsity": 0.5, "targets": "mlp"}}, {"recover": {"targets": "attention"}}],
+        [{"sparsify": {"sparsity": 0.5, "targets": "*.q_proj"}}, {"recover": {}}],  # the plan looks at names
     ],
 )
 def test_what_can_follow_is_let_through(steps: list[dict[str, object]]) -> None:

@@ -121,6 +121,26 @@ def test_held_out_loss_falls(
     assert losses[1] < losses[0]
 
 
+@pytest.mark.parametrize(
+    ("targets", "ends"),
+    [
+        ("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ("mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("*.1.*.o_proj", ("1.self_attn.o_proj",)),
+    ],
+)
+def test_targets_alone_are_trained(
+    targets: str, ends: tuple[str, ...], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    trained = recipe("term", targets=targets, steps=4, learning_rate=1e-2)
+    out = lmpress.compress(tiny("llama"), trained, tmp_path / "out", calibration=str(text_file))
+    forms = plan_of(out.directory)
+    expected = {name for name in forms if name.endswith(ends)}
+    assert 0 < len(expected) < len(forms)
+    assert {name for name, form in forms.items() if isinstance(form, Sum)} == expected
+    assert out.manifest["recovery"]["modules"] == len(expected)
+
+
 def test_a_step_that_harms_is_not_kept(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
     harmful = recipe("merge", learning_rate=0.9, steps=10)
     plain = recipe("merge")

@@ -13,6 +13,7 @@ from lmpress.api.compression import compress_with
 from lmpress.api.loading import device_of
 from lmpress.api.measuring import evaluate_many
 from lmpress.checkpoint import read_json, write_bytes, write_json
+from lmpress.corpora import check_corpus
 from lmpress.errors import RequestError
 from lmpress.evaluation import Evaluation, nominal_compression, sr_from_perplexity, srcr, tcr
 from lmpress.pipeline import RunOptions
@@ -126,6 +127,8 @@ def compare(
     if twice or not loaded:
         told = f"{twice[0]!r} is taken" if twice else "none is given"
         raise RequestError(f"a comparison needs recipes of different names, and {told}")
+    for spec in [text] if isinstance(text, str) else text:
+        check_corpus(spec)  # before hours of compression
     target = Path(output).expanduser()
     times = dict(read_json(target / TIMES)) if (target / TIMES).is_file() else {}
     for recipe in loaded:

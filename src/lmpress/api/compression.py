@@ -15,6 +15,7 @@ from lmpress.evaluation import disk_bytes, peak_resident_set
 from lmpress.pipeline import (
     Run,
     RunOptions,
+    check_calibration,
     discard,
     finish_publication,
     make_plan,
@@ -105,6 +106,7 @@ def compress_with(
     start = time.perf_counter()
     target = Path(output).expanduser()
     wanted = load_recipe(recipe)  # before the model is looked for: that may take a download
+    check_calibration(options.calibration)
     run = Run(open_source(model), wanted, target, options)
     fresh = not target.exists()
     if run.prepare():  # a refusal leaves what it found as it was
@@ -136,6 +138,7 @@ def _execute(run: Run) -> None:
                 staged,
                 manifest,
                 step,
+                run.plan.trained,
                 run.options.calibration,
                 run.recipe.seed,
                 run.plan.dtype,
@@ -146,9 +149,12 @@ def _execute(run: Run) -> None:
     finish_publication(run.output)
 
 
-def plan(model: str | Path, recipe: str | Path | Recipe | Mapping[str, Any]) -> dict[str, Any]:
+def plan(
+    model: str | Path, recipe: str | Path | Recipe | Mapping[str, Any], *, calibration: str = "self"
+) -> dict[str, Any]:
     """What `compress` would do, as JSON, with the bytes to expect; nothing is computed or written."""
     wanted = load_recipe(recipe)
+    check_calibration(calibration)
     source = open_source(model)
     resolved = make_plan(wanted, source)
     predicted = resolved.predicted["bytes"]

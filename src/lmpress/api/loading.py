@@ -6,37 +6,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lmpress.checkpoint import is_compressed, shard_paths, verify_checkpoint
+from lmpress.checkpoint import checked_resident, is_compressed, shard_paths, verify_checkpoint
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms.base import float_dtype
 from lmpress.pipeline import load_dense, open_source
 
 
-def load(directory: str | Path, *, verify: bool = True, **options: Any) -> Any:
+def load(directory: str | Path, *, verify: bool = True, resident: str | None = None, **options: Any) -> Any:
     """Load a checkpoint: `AutoModelForCausalLM.from_pretrained` behind a check of its files.
 
     Args:
         directory: a checkpoint that lmpress wrote, or any dense model directory.
         verify: compare the files' hashes with the manifest.
+        resident: how entropy-coded weights are kept in memory: `decoded` once, or `coded` as in the files and
+            decoded in every call, which is slow. As config.json says where it is None, which is `decoded`
+            unless somebody wrote it there. Saving the model again does not write it.
         options: passed on (`dtype`, `device_map`, ...).
 
     Raises:
-        RequestError: a missing, truncated or changed file.
+        RequestError: a missing, truncated or changed file; another `resident`.
+        LmpressError: what the files hold cannot be loaded.
     """
+    if resident is not None:
+        checked_resident(resident)
     path = Path(directory)
     if not path.is_dir():
         raise RequestError(f"there is no checkpoint at {path}")
-    if is_compressed(path):
+    compressed = is_compressed(path)
+    if compressed:
         verify_checkpoint(path, full=verify)
     else:
         shard_paths(path)
     try:
+        if compressed and resident is not None:
+            return _load_resident(path, resident, options)
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise LmpressError(f"{path} does not load: {lines[0] if lines else error!r}") from error
+
+
+def _load_resident(path: Path, resident: str, options: dict[str, Any]) -> Any:
+    """As `from_pretrained`, which hears of such wishes from the config alone."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    stated = config.quantization_config.get("resident")
+    config.quantization_config["resident"] = resident
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=False, **options)
+    model.config.quantization_config.stated = stated
+    return model
 
 
 def load_any(model: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any, Path | None]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lmpress.api.loading import load_any
 from lmpress.checkpoint import MANIFEST, is_compressed, model_card, read_json, verify_checkpoint, write_bytes
-from lmpress.corpora import Corpus, evaluation_windows, load_corpus
+from lmpress.corpora import Corpus, check_corpus, evaluation_split, evaluation_windows, load_corpus
 from lmpress.errors import RequestError
 from lmpress.evaluation import (
     Evaluation,
@@ -87,8 +87,10 @@ def evaluate_many(
     """Measure several models in one pass over each text; `evaluate` says what the arguments mean."""
     if paper_protocol not in (None, "spq"):
         raise RequestError(f"there is no paper protocol {paper_protocol!r}; there is spq")
-    loaded = {name: load_any(model, dtype, device) for name, model in models.items()}
     specs = [text] if isinstance(text, str) else text
+    for spec in specs:
+        check_corpus(spec)
+    loaded = {name: load_any(model, dtype, device) for name, model in models.items()}
     return evaluate_loaded(
         loaded, models, specs, reference, window, max_tokens, paper_protocol, throughput=throughput
     )
@@ -105,7 +107,7 @@ def evaluate_loaded(
     *,
     throughput: bool,
 ) -> dict[str, Evaluation]:
-    corpora = [load_corpus(spec, split="test") for spec in specs]
+    corpora = [load_corpus(spec, evaluation_split(spec)) for spec in specs]
     model, tokenizer, _ = next(iter(loaded.values()))
     texts = [
         _evaluation_text(corpus, tokenizer, model.config, window, max_tokens, paper_protocol)

@@ -14,8 +14,16 @@ from lmpress.checkpoint.files import (
     write_json,
     write_tensors,
 )
-from lmpress.checkpoint.plugin import FORMAT_VERSION, METHOD, LmpressConfig, LmpressQuantizer, register
-from lmpress.checkpoint.swap import cast_floats, densify, forms_of, put_forms, tie_head
+from lmpress.checkpoint.plugin import (
+    FORMAT_VERSION,
+    METHOD,
+    RESIDENT,
+    LmpressConfig,
+    LmpressQuantizer,
+    checked_resident,
+    register,
+)
+from lmpress.checkpoint.swap import cast_floats, densify, forms_of, hold_resident, put_forms, tie_head
 from lmpress.checkpoint.verify import is_compressed, plan_of, read_manifest, stored_names, verify_checkpoint
 
 __all__ = [
@@ -23,12 +31,15 @@ __all__ = [
     "INDEX",
     "MANIFEST",
     "METHOD",
+    "RESIDENT",
     "LmpressConfig",
     "LmpressQuantizer",
     "cast_floats",
+    "checked_resident",
     "copy_file",
     "densify",
     "forms_of",
+    "hold_resident",
     "is_compressed",
     "model_card",
     "plan_of",

@@ -15,15 +15,18 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lmpress.checkpoint.swap import cast_floats, densify, put_forms, tie_head
-from lmpress.errors import LmpressError
+from lmpress.checkpoint.swap import cast_floats, densify, hold_resident, put_forms, tie_head
+from lmpress.errors import LmpressError, RequestError
 from lmpress.families import layout_of
-from lmpress.forms import CompressedLinear, form_from_description
+from lmpress.forms import form_from_description
 from lmpress.forms.base import dense_leaf_names
 from lmpress.forms.linear import FormHolder
 
 METHOD = "lmpress"
 FORMAT_VERSION = 1
+
+RESIDENT = ("decoded", "coded")
+"""How entropy-coded weights are kept in memory: decoded once; or as stored, and decoded in every call."""
 
 
 class LmpressConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -32,20 +35,39 @@ class LmpressConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Attributes:
         version: of the checkpoint format.
         plan: the description of each compressed module's form, by module name.
+        resident: one of `RESIDENT`; a wish for loading, which says nothing of the weights.
+        stated: what config.json says of `resident`, and will say again; None for nothing.
+
+    Raises:
+        RequestError: another `resident`.
     """
 
     def __init__(
-        self, plan: dict[str, dict[str, Any]] | None = None, version: int = FORMAT_VERSION, **kwargs: Any
+        self,
+        plan: dict[str, dict[str, Any]] | None = None,
+        version: int = FORMAT_VERSION,
+        resident: str | None = None,
+        **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
         self.version = version
         self.plan = plan or {}
+        self.stated = resident
+        self.resident = checked_resident(resident or RESIDENT[0])
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "version": self.version, "plan": self.plan}
+        named = {"quant_method": METHOD, "version": self.version, "plan": self.plan}
+        return named if self.stated is None else named | {"resident": self.stated}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
+
+
+def checked_resident(resident: str) -> str:
+    """`resident` itself. RequestError where it is none of `RESIDENT`."""
+    if resident not in RESIDENT:
+        raise RequestError(f"resident is {' or '.join(RESIDENT)}, not {resident!r}")
+    return resident
 
 
 class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -75,19 +97,20 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         layout = layout_of(model.config)
-        for name in self.quantization_config.plan:
-            module = model.get_submodule(name)
-            if isinstance(module, CompressedLinear):
-                module.hold_resident()
+        hold_resident(model, self.quantization_config.plan, self.quantization_config.resident == "coded")
         if layout.tied and layout.embedding in self.quantization_config.plan:
             tie_head(model)
         cast_floats(model, self._dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The state in the types of the plan, so that saving again gives the forms bit for bit."""
+        """The state in the types of the plan, so that saving again gives the forms bit for bit.
+
+        The plan is told of a form that takes other bytes when coded anew, as with another numpy it might.
+        """
         state = model.state_dict()
-        for name, description in self.quantization_config.plan.items():
+        plan = self.quantization_config.plan
+        for name, description in plan.items():
             holder = model.get_submodule(name)
             if not isinstance(holder, FormHolder):
                 continue
@@ -97,9 +120,15 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
                     del state[f"{name}.{parameter}"]
             leaves = dense_leaf_names(form)
             stored = form_from_description(description).tensors()
-            for place, (tensor, value) in enumerate(form.tensors().items()):
-                key = f"{name}.weight" if place == 0 else f"{name}.{tensor}"
-                state[key] = value.to(stored[tensor].dtype) if tensor in leaves else value
+            tensors = {n: t.to(stored[n].dtype) if n in leaves else t for n, t in form.tensors().items()}
+            for place, (tensor, value) in enumerate(tensors.items()):
+                state[f"{name}.weight" if place == 0 else f"{name}.{tensor}"] = value
+            plan[name] = form.with_tensors(tensors).describe()
+        layout = layout_of(model.config)
+        head = model.get_submodule(layout.head)
+        if layout.tied and layout.embedding in plan and isinstance(head, FormHolder):
+            for parameter in head.form_tensors():  # stored with the embedding
+                state.pop(f"{layout.head}.{parameter}", None)
         return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

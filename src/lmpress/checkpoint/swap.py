@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lmpress.errors import LmpressError
 from lmpress.families import layout_of
-from lmpress.forms import CompressedEmbedding, CompressedLinear, Form
+from lmpress.forms import CompressedEmbedding, CompressedLinear, EntropyCoded, Form, decode_all
 from lmpress.forms.base import dense_leaf_names
 from lmpress.forms.linear import FormHolder
 from lmpress.kernels import run
@@ -48,6 +49,46 @@ def put_forms(
         model.set_submodule(name, new)
     if layout.tied and layout.embedding in forms:
         tie_head(model)
+
+
+def hold_resident(model: nn.Module, names: Iterable[str], coded: bool = False) -> None:
+    """Keep the forms of a loaded model as they are best run, in place; `stored_form` is what they were.
+
+    Args:
+        names: of the modules that hold them. Of embeddings nothing is made resident but entropy-coded parts.
+        coded: leave modules with entropy-coded parts as they are: each call then decodes them anew.
+
+    Raises:
+        LmpressError: names the module whose entropy-coded weights are damaged.
+    """
+    holders = {name: cast(FormHolder, model.get_submodule(name)) for name in names}
+    forms = {name: holder.form for name, holder in holders.items()}
+    leaves = {name: _entropy_coded(form) for name, form in forms.items()}
+    every = [(leaf, name) for name, found in leaves.items() for leaf in found if not coded]
+    try:
+        decoded = decode_all([leaf for leaf, _ in every], [name for _, name in every])
+    except ValueError as damage:
+        raise LmpressError(f"{damage}; fetch the checkpoint again") from damage
+    resident = {id(leaf): codes for (leaf, _), codes in zip(every, decoded, strict=True)}
+    for name, holder in holders.items():
+        form = forms[name]
+        if leaves[name]:
+            if coded:
+                continue
+            form = form.rewrite(lambda leaf: resident.get(id(leaf), leaf))
+        holder.hold_resident(form.resident() if isinstance(holder, CompressedLinear) else form)
+
+
+def _entropy_coded(form: Form) -> list[EntropyCoded]:
+    found: list[EntropyCoded] = []
+
+    def visit(leaf: Form) -> Form:
+        if isinstance(leaf, EntropyCoded):
+            found.append(leaf)
+        return leaf
+
+    form.rewrite(visit)
+    return found
 
 
 def tie_head(model: Any) -> None:

@@ -36,7 +36,7 @@ def compress(
 ) -> None:
     """Compress MODEL with a recipe into a checkpoint that from_pretrained loads."""
     if dry_run:
-        print_json(api.plan(model, recipe))
+        print_json(api.plan(model, recipe, calibration=calibration))
         return
     if output is None:
         raise RequestError("say where the checkpoint goes: -o DIRECTORY")

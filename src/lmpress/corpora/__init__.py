@@ -1,6 +1,6 @@
 """Where calibration and evaluation text comes from."""
 
-from lmpress.corpora.corpus import Corpus, load_corpus
+from lmpress.corpora.corpus import Corpus, check_corpus, evaluation_split, load_corpus, split_specs
 from lmpress.corpora.generate import generate_text
 from lmpress.corpora.overlap import fingerprint, ngram_overlap
 from lmpress.corpora.windows import adds_bos, calibration_windows, evaluation_windows
@@ -9,9 +9,12 @@ __all__ = [
     "Corpus",
     "adds_bos",
     "calibration_windows",
+    "check_corpus",
+    "evaluation_split",
     "evaluation_windows",
     "fingerprint",
     "generate_text",
     "load_corpus",
     "ngram_overlap",
+    "split_specs",
 ]

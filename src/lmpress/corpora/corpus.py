@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,9 @@ NAMED: dict[str, Callable[[str], tuple[str, ...]]] = {
     "python-docs": load_python_docs,
 }
 """Every corpus that has a name: split -> documents."""
+
+NO_TEST = {"c4": "validation"}
+"""Corpora that were published without a test split, and the split that stands for it."""
 
 ALL = "all"
 """The split of a text that has none."""
@@ -66,15 +71,58 @@ def load_corpus(spec: str, split: str = "train") -> Corpus:
     if spec in NAMED:
         documents = NAMED[spec](split)
         return Corpus(spec, ALL if spec == "python-docs" else split, documents)
+    path = _path(spec)
+    text = _read(path)
+    documents = _jsonl_documents(path, text) if path.suffix.lower() == ".jsonl" else (text,)
+    return Corpus(f"file:{path.name}", ALL, documents)
+
+
+def split_specs(specs: str) -> list[str]:
+    """Several specs that are joined by commas.
+
+    Raises:
+        RequestError: there is none.
+    """
+    parts = [part.strip() for part in specs.split(",") if part.strip()]
+    if not parts:
+        raise RequestError(f"no text is named in {specs!r}: give file:PATH or one of {', '.join(NAMED)}")
+    return parts
+
+
+def check_corpus(spec: str) -> None:
+    """Refuse what `load_corpus` could not find, without reading any text.
+
+    Raises:
+        RequestError: an unknown name, or a file that is missing.
+    """
+    if spec not in NAMED:
+        _path(spec)
+
+
+def _path(spec: str) -> Path:
+    """The file that a spec names; it is there."""
     if not spec.startswith("file:") and not os.path.exists(spec):
         hint = "; `self` is text that the model writes, and needs the model" if spec == "self" else ""
         raise RequestError(
             f"there is no corpus or file {spec!r}: give file:PATH or one of {', '.join(NAMED)}{hint}"
         )
     path = Path(spec.removeprefix("file:")).expanduser()
-    text = _read(path)
-    documents = _jsonl_documents(path, text) if path.suffix.lower() == ".jsonl" else (text,)
-    return Corpus(f"file:{path.name}", ALL, documents)
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return path
+
+
+def _unreadable(path: Path, error: Exception) -> RequestError:
+    reason = getattr(error, "strerror", None) or error  # ValueError: a path with a null character
+    return RequestError(f"cannot read the text file {str(path)!r}: {reason}")
+
+
+def evaluation_split(spec: str) -> str:
+    """The split of a named corpus that evaluation reads; calibration reads `train`."""
+    return NO_TEST.get(spec, "test")
 
 
 def _read(path: Path) -> str:
@@ -83,9 +131,8 @@ def _read(path: Path) -> str:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"cannot read the text file {str(path)!r}: {reason}") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if not text.strip():
         raise RequestError(f"the text file {path} is empty")
     return text

@@ -14,7 +14,7 @@ from lmpress.checkpoint import MANIFEST, plan_of, read_header, read_json, shard_
 from lmpress.errors import RequestError
 from lmpress.evaluation.size import dense_skeleton
 from lmpress.families import layout_of
-from lmpress.forms import Dense, Form, Quantized
+from lmpress.forms import Dense, EntropyCoded, Form, Quantized
 from lmpress.forms.linear import FormHolder
 
 
@@ -103,6 +103,8 @@ def stored_bits_per_weight(path: str | Path, config: Any, skeleton: Any = None) 
 def nominal_compression(directory: str | Path) -> tuple[float, float]:
     """What a checkpoint's linears are on paper, for `tcr` and `srcr`: no scale, mask or index is counted.
 
+    Entropy-coded values have no bits on paper: they count with those that they take, all included.
+
     Returns:
         the sparsity, which is the share of the dense linears' weights that no value is stored for; and the
         mean bits of the values that are stored.
@@ -126,7 +128,11 @@ def _nominal_leaves(form: Form) -> list[tuple[int, float]]:
 
     def visit(leaf: Form) -> Form:
         rows, columns = leaf.shape
-        each = float(leaf.bits) if isinstance(leaf, Quantized) else 16.0
+        each = 16.0
+        if isinstance(leaf, Quantized):
+            each = float(leaf.bits)
+        elif isinstance(leaf, EntropyCoded):
+            each = leaf.bits_per_weight
         leaves.append((rows * columns, each))
         return leaf
 

@@ -80,11 +80,12 @@ class Form(ABC):
     def without_values(self) -> Form:
         """The same expression with what is large in its leaves, weights and codes, on the meta device."""
 
-        def emptied(leaf: Form) -> Form:
-            first, *others = leaf.tensors().items()
-            return leaf.with_tensors({first[0]: torch.empty_like(first[1], device="meta"), **dict(others)})
+        return self.rewrite(lambda leaf: leaf.emptied())
 
-        return self.rewrite(emptied)
+    def emptied(self) -> Form:
+        """Of a leaf: `without_values`."""
+        first, *others = self.tensors().items()
+        return self.with_tensors({first[0]: torch.empty_like(first[1], device="meta"), **dict(others)})
 
     @property
     def num_bytes(self) -> int:

@@ -115,6 +115,19 @@ class EntropyCoded(Form):
         """The form that runs: the same matrix with its codes decoded, a byte each where nearly all fit."""
         return ScaledCodes(self.codes(), self.row_scale, self.column_scale).compact()
 
+    def stored(self, resident: Form) -> EntropyCoded:
+        """`resident` coded anew. Equal codes give equal bytes, by the same numpy and coder."""
+        assert isinstance(resident, ScaledCodes)
+        codes = resident.whole_codes(torch.int64)
+        chunk_size = self.rows_per_chunk * max(1, self.size[1])
+        return EntropyCoded.from_codes(codes, resident.row_scale, resident.column_scale, chunk_size)
+
+    def emptied(self) -> EntropyCoded:
+        """Without the streams and what describes them: `stored` makes them anew."""
+        coded = ("payload", "chunks", "model")
+        named = self.tensors()
+        return self.with_tensors(named | {n: torch.empty_like(named[n], device="meta") for n in coded})
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.resident().dense(dtype)
 
@@ -238,14 +251,14 @@ def _start(jobs: list[Coded], path: Path) -> subprocess.Popen[bytes]:
 
 
 def _read(path: Path, jobs: Sequence[Coded], share: Sequence[int]) -> dict[int, Any]:
-    """What another process decoded, by the number of the job."""
-    data, result, at = np.fromfile(f"{path}.codes", np.uint8), {}, 0
-    for i in share:
-        rows, columns = jobs[i].shape
-        size = rows * columns * jobs[i].itemsize
-        result[i] = data[at : at + size].view(f"i{jobs[i].itemsize}").reshape(rows, columns)
-        at += size
-    return result
+    """What another process decoded, by the number of the job: each matrix in memory of its own."""
+    with open(f"{path}.codes", "rb") as file:
+        return {
+            i: np.fromfile(file, f"i{jobs[i].itemsize}", jobs[i].shape[0] * jobs[i].shape[1]).reshape(
+                jobs[i].shape
+            )
+            for i in share
+        }
 
 
 def _ans() -> ModuleType:

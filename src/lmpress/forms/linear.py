@@ -46,10 +46,14 @@ class FormHolder(nn.Module):
         self._bound: dict[str, Tensor] = {}
         self._stored: Form | None = None
 
-    def hold_resident(self) -> None:
-        """Keep the form as it is best run from now on (`Form.resident`); `stored_form` is what it was."""
+    def hold_resident(self, resident: Form | None = None) -> None:
+        """Keep the form as it is best run from now on; `stored_form` is what it was.
+
+        Args:
+            resident: a form that `stored` of the present one undoes; its `resident()` where it is None.
+        """
         stored = self.form
-        resident = stored.resident()
+        resident = stored.resident() if resident is None else resident
         if resident is not stored:
             self.hold(resident)
             self._stored = stored.without_values()

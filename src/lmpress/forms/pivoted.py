@@ -106,6 +106,19 @@ class Pivoted(Form):
     def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
         return Pivoted(self.basis.rewrite(rewriter), self.coefficients.rewrite(rewriter), self.index)
 
+    def resident(self) -> Pivoted:
+        basis, coefficients = self.basis.resident(), self.coefficients.resident()
+        same = basis is self.basis and coefficients is self.coefficients
+        return self if same else Pivoted(basis, coefficients, self.index)
+
+    def stored(self, resident: Form) -> Pivoted:
+        assert isinstance(resident, Pivoted)
+        basis, coefficients = (
+            self.basis.stored(resident.basis),
+            self.coefficients.stored(resident.coefficients),
+        )
+        return Pivoted(basis, coefficients, resident.index)
+
     @property
     def formula(self) -> str:
         return f"Pivoted({self.basis.formula}, {self.coefficients.formula}; r={self.rank})"

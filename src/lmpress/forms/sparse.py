@@ -19,8 +19,10 @@ from lmpress.forms.base import (
     unprefixed,
 )
 from lmpress.forms.dense import Dense
+from lmpress.forms.entropy_coded import EntropyCoded
 from lmpress.forms.pattern import Bitmap, NofM, Pattern
 from lmpress.forms.quantized import Quantized
+from lmpress.forms.scaled_codes import ScaledCodes
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,9 +134,12 @@ class Sparse(Form):
     def filled(self) -> Form:
         """The same matrix with its zeros written out: what a device without sparse kernels runs.
 
-        Quantized where the values are (and a zero is a code), else Dense in float32.
+        Quantized where the values are (and a zero is a code), ScaledCodes where they are entropy-coded,
+        else Dense in float32.
         """
-        values = self.values
+        values = self.values.resident() if isinstance(self.values, EntropyCoded) else self.values
+        if isinstance(values, ScaledCodes):
+            return self._filled_codes(values) or Dense(self.dense())
         if not isinstance(values, Quantized):
             return Dense(self.dense())
         per_value = values.scale.shape[1] > 1 and not isinstance(self.pattern, NofM)
@@ -151,24 +156,45 @@ class Sparse(Form):
             zero = zero.expand(scale.shape)
         return Quantized.from_codes(codes, scale, zero, values.bits)
 
+    def _filled_codes(self, values: ScaledCodes) -> ScaledCodes | None:
+        """`filled` for whole codes; None where their scales are no scales of rows of this matrix."""
+        if values.column_scale.numel() != 1:
+            return None
+        row_scale = values.row_scale
+        if self.scale is not None:
+            if self.scale.shape[1] != 1 or row_scale.numel() != 1:
+                return None
+            row_scale = self.scale.float() * row_scale.float()  # exact where they have 16 bits
+        codes = values.whole_codes(values.codes.dtype if values.overflow is None else torch.int32)
+        return ScaledCodes(self.pattern.spread(codes), row_scale, values.column_scale).compact()
+
     def resident(self) -> Form:
         """With its zeros written out, where the survivors can be read off it again exactly."""
+        if isinstance(self.values, EntropyCoded):
+            return replace(self, values=self.values.resident()).resident()
         if isinstance(self.values, Dense) and self.scale is None:
             return Dense(self.pattern.spread(self.values.weight))
+        if isinstance(self.values, ScaledCodes):
+            return self._filled_codes(self.values) or self
         filled = self.filled()
         return filled if isinstance(filled, Quantized) else self
 
     def stored(self, resident: Form) -> Form:
         if isinstance(resident, Sparse):
-            return resident
+            return replace(resident, values=self.values.stored(resident.values))
         mask = self.pattern.mask()
+        if isinstance(resident, ScaledCodes):
+            assert isinstance(self.values, EntropyCoded | ScaledCodes)
+            kept = resident.whole_codes(torch.int32)[mask].view(self.values.shape)
+            values = ScaledCodes(kept, self.values.row_scale, self.values.column_scale).compact()
+            return replace(self, values=self.values.stored(values))
         if isinstance(resident, Dense):
             return replace(self, values=Dense(resident.weight[mask].view(self.values.shape)))
         assert isinstance(resident, Quantized)
         assert isinstance(self.values, Quantized)
         codes = resident.codes()[mask].view(self.values.shape)
-        values = Quantized.from_codes(codes, self.values.scale, self.values.zero(), resident.bits)
-        return replace(self, values=values)
+        scale, zero = self.values.scale, self.values.zero()
+        return replace(self, values=Quantized.from_codes(codes, scale, zero, resident.bits))
 
     @property
     def formula(self) -> str:

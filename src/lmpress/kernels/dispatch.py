@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmpress.forms import CompressedLinear, Dense, Form, LowRank, Pivoted, Quantized, Sum
+from lmpress.forms import (
+    CompressedLinear,
+    Dense,
+    EntropyCoded,
+    Form,
+    LowRank,
+    Pivoted,
+    Quantized,
+    ScaledCodes,
+    Sum,
+)
 from lmpress.kernels import floating, integer
 
 Leaf = Callable[[Any, Tensor], Tensor]
@@ -27,6 +37,10 @@ TABLE: dict[tuple[str, str, torch.dtype], Leaf] = {
     ("cpu", "group scales", torch.float32): floating.run_quantized,
     ("cpu", "group scales", torch.bfloat16): floating.run_bfloat16_groups,
     ("cpu", "group scales", torch.float16): floating.run_wide,
+    # whole codes between a scale a row and a scale a column
+    ("cpu", "scaled codes", torch.float32): integer.run_scaled,
+    ("cpu", "scaled codes", torch.bfloat16): floating.run_bfloat16_scaled,
+    ("cpu", "scaled codes", torch.float16): floating.run_wide_scaled,
 }
 
 
@@ -34,13 +48,16 @@ def storage(form: Form) -> str:
     """How the weight of a leaf is stored, as the table names it; empty for what it does not know."""
     if type(form) is Quantized:
         return "row scales" if form.scale.shape[1] == 1 else "group scales"
+    if type(form) is ScaledCodes:
+        return "scaled codes"
     return "dense" if type(form) is Dense else ""
 
 
 def run(form: Form, x: Tensor) -> Tensor:
     """`x @ form.dense().T` on the device of x, in the dtype of x, fast.
 
-    No dense copy of a weight outlives the call, or is whole at any time if it is large.
+    No dense copy of a weight outlives the call, or is whole at any time if it is large. An entropy-coded leaf
+    is decoded, to whole codes, for this call alone.
 
     Args:
         form: any form.
@@ -50,6 +67,8 @@ def run(form: Form, x: Tensor) -> Tensor:
     Returns:
         (..., out).
     """
+    if type(form) is EntropyCoded:
+        return run(form.resident(), x)
     if type(form) is LowRank:
         return run(form.left, run(form.right, x))
     if type(form) is Pivoted:

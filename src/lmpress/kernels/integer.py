@@ -17,11 +17,12 @@ a single one in float32, and the codes are read as they are stored, at a quarter
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lmpress.forms import Quantized
+from lmpress.forms import Quantized, ScaledCodes
 from lmpress.kernels import floating
 from lmpress.kernels.codes import centered_codes
 from lmpress.kernels.scratch import fitting, scratch
@@ -38,6 +39,12 @@ PART = 128
 SMALL = 1 << 18
 """Weights up to so many are converted to float32 faster than a single activation is cut into digits."""
 
+Codes = Tensor | Callable[[int, int], Tensor]
+"""int8 codes (out, in), or what gives those of the rows [start, stop), in a scratch buffer."""
+
+Extra = Callable[[Tensor], Tensor]
+"""What is to be added to the products of a part of the activations: (m, in) -> (m, out)."""
+
 _CARRY = torch.tensor(0x00808080, dtype=torch.int32)
 _TINY = torch.tensor(1e-37)  # a normal float32: the unit of a row of zeros
 _POWERS = torch.tensor([[1.0, 2.0**8, 2.0**16, 2.0**24]])  # (1, 4)
@@ -49,48 +56,70 @@ def run(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
     Small products, rows that are too long, 8 bits with zero points, and processors without int8 dot products
     take the way through float32.
     """
-    (rows, columns), m = form.shape, x.shape[0]
-    if (
-        rows * columns * m <= SMALL
-        or not 16 <= columns <= LONGEST
-        or (form.bits == 8 and form.packed_zero is not None)
-        or not has_exact_int8()
-    ):
+    rows, columns = form.shape
+    if not _worthwhile(rows, columns, x.shape[0]) or (form.bits == 8 and form.packed_zero is not None):
         return floating.run_quantized(form, x)
     zero = form.zero()
-    plain = form.packed.dtype == torch.int8 or fitting(columns, rows) == rows
-    codes = centered_codes(form, zero, 0, rows) if plain else None  # unpacked once for all activations
+    if form.packed.dtype == torch.int8 or fitting(columns, rows) == rows:
+        return _run(
+            x, centered_codes(form, zero, 0, rows), rows, form.scale
+        )  # unpacked once for all activations
+    return _run(x, functools.partial(centered_codes, form, zero), rows, form.scale)
+
+
+def run_scaled(form: ScaledCodes, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
+    """`x @ dense().T` for float32 activations and codes between two scales.
+
+    What `run` takes through float32, and codes of more than a byte, take that way here too.
+    """
+    rows, columns = form.shape
+    if form.codes.dtype != torch.int8 or not _worthwhile(rows, columns, x.shape[0]):
+        return floating.run_scaled(form, x)
+    extra = None if form.overflow is None else form.from_excess
+    return _run(x * form.column_scale.to(x.dtype), form.codes, rows, form.row_scale, extra)
+
+
+def _worthwhile(rows: int, columns: int, m: int) -> bool:
+    """Whether m activations and int8 codes (rows, columns) are multiplied as integers."""
+    return rows * columns * m > SMALL and 16 <= columns <= LONGEST and has_exact_int8()
+
+
+def _run(x: Tensor, codes: Codes, rows: int, scale: Tensor, extra: Extra | None = None) -> Tensor:
+    """`(x @ codes.T + extra(x)) * scale.T`, float32 (m, out).
+
+    Args:
+        x: float32 (m, in).
+        rows: out.
+        scale: (out, 1) or (1, 1).
+    """
+    m = x.shape[0]
     if m == 1:
-        return _run_part(form, x, codes, zero)
+        return _run_part(x, codes, rows, scale, extra)
     y = torch.empty(m, rows)
-    step = min(PART, fitting(columns * x.itemsize, m))
+    step = min(PART, fitting(x.shape[1] * x.itemsize, m))
     for start in range(0, m, step):
-        _run_part(form, x[start : start + step], codes, zero, y[start : start + step])
+        _run_part(x[start : start + step], codes, rows, scale, extra, y[start : start + step])
     return y
 
 
 def _run_part(
-    form: Quantized, x: Tensor, codes: Tensor | None, zero: Tensor | None, out: Tensor | None = None
+    x: Tensor, codes: Codes, rows: int, scale: Tensor, extra: Extra | None, out: Tensor | None = None
 ) -> Tensor:  # (m, in) -> (m, out)
-    """`x @ dense().T` for at most PART activations.
-
-    Args:
-        codes: int8 (out, in), or None to unpack them in parts that fit into a scratch buffer.
-        zero: `form.zero()`.
-        out: where to write.
-    """
-    (rows, columns), m = form.shape, x.shape[0]
+    """`_run` for at most PART activations, written to `out` if it is given."""
+    m, columns = x.shape
     digits, unit = split(x)
-    step = fitting(max(16 * m, columns) if codes is None else 16 * m, rows)
-    if codes is not None and step == rows:
+    step = fitting(16 * m if isinstance(codes, Tensor) else max(16 * m, columns), rows)
+    if isinstance(codes, Tensor) and step == rows:
         y = _product(digits, unit, codes)
     else:
         y = torch.empty(m, rows)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            part = centered_codes(form, zero, start, stop) if codes is None else codes[start:stop]
+            part = codes[start:stop] if isinstance(codes, Tensor) else codes(start, stop)
             y[:, start:stop] = _product(digits, unit, part)
-    scaled: Tensor = torch.mul(y, form.scale.T.to(x.dtype), out=out)
+    if extra is not None:
+        y.add_(extra(x))
+    scaled: Tensor = torch.mul(y, scale.T.to(x.dtype), out=out)
     return scaled
 
 

@@ -2,6 +2,11 @@
 
 Damping by a fraction of the *mean* diagonal is ruled by the few channels with massive activations: it drowns
 the ordinary ones. Damping every channel by a fraction of its own diagonal entry leaves them all alike.
+
+Solvers that go column by column have a factor of their own, `hessian.damped_inverse_factor`. It treats
+degenerate Hessians in another way: inputs that are never active count as average ones, float32 is tried
+before float64, and where no damping helps, the diagonal alone is taken instead of an error. One function for
+both would change the numbers of one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,14 @@
 """Recipe + model -> plan; the block stream; the journal that survives a crash."""
 
 from lmpress.pipeline.assemble import assemble, discard, written_files
-from lmpress.pipeline.calibration import CALIBRATION, CalibrationText, calibration_text, load_dense, small_ids
+from lmpress.pipeline.calibration import (
+    CALIBRATION,
+    CalibrationText,
+    calibration_text,
+    check_calibration,
+    load_dense,
+    small_ids,
+)
 from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.prediction import ModulePlan
@@ -25,6 +32,7 @@ __all__ = [
     "SafetensorsSource",
     "assemble",
     "calibration_text",
+    "check_calibration",
     "discard",
     "finish_publication",
     "load_dense",

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lmpress.checkpoint import MANIFEST, read_json
-from lmpress.corpora import calibration_windows, fingerprint, generate_text, load_corpus
+from lmpress.corpora import (
+    calibration_windows,
+    check_corpus,
+    fingerprint,
+    generate_text,
+    load_corpus,
+    split_specs,
+)
 from lmpress.errors import RequestError
 from lmpress.families import skeleton
 from lmpress.pipeline.source import ModelSource
@@ -32,6 +39,20 @@ class CalibrationText:
 
     windows: Tensor
     record: dict[str, Any]
+
+
+def check_calibration(spec: str) -> None:
+    """Refuse a corpus or file that does not exist, whether or not a recipe needs it; no text is read.
+
+    Args:
+        spec: as for `calibration_text`.
+
+    Raises:
+        RequestError: an unknown corpus, or a file that is missing.
+    """
+    if spec != "self":
+        for part in split_specs(spec):
+            check_corpus(part)
 
 
 def calibration_text(
@@ -57,7 +78,7 @@ def calibration_text(
         windows = generate_text(model, tokenizer, samples, seq_len, seed).cpu()
         record: dict[str, Any] = {"name": "self", "split": "generated", "sha256": fingerprint(windows)}
     else:
-        parts = [load_corpus(part.strip()) for part in spec.split(",") if part.strip()]
+        parts = [load_corpus(part) for part in split_specs(spec)]
         shares = [samples // len(parts) + (i < samples % len(parts)) for i in range(len(parts))]
         drawn = [
             calibration_windows(corpus, tokenizer, share, seq_len, seed + i)

@@ -39,6 +39,7 @@ class Plan:
         outer: those that stand outside the blocks.
         neurons: index of the step that prunes neurons, or None.
         predicted: `bytes` of the weights after compression; whether that is `exact`, or an estimate.
+        trained: the modules that get an adapter in recovery.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Plan:
     outer: frozenset[str]
     neurons: int | None
     predicted: dict[str, Any]
+    trained: tuple[str, ...] = ()
 
     @property
     def needs_text(self) -> bool:
@@ -72,7 +74,7 @@ class Plan:
     @property
     def recovers(self) -> bool:
         """Whether the compressed model is trained at the end."""
-        return any(isinstance(step, Recover) for step in self.recipe.steps)
+        return bool(self.trained)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON."""
@@ -89,6 +91,7 @@ class Plan:
                 if m.steps
             },
             "neurons": None if self.neurons is None else options_of(self.recipe.steps[self.neurons]),
+            "trained": list(self.trained),
             "predicted": self.predicted,
         }
 
@@ -109,11 +112,12 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     layout = source.layout
     shapes = _shapes(source)
     modules = {name: ModulePlan(shape) for name, shape in shapes.items()}
-    neurons = None
+    neurons: int | None = None
+    trained: tuple[str, ...] = ()
     for index, step in enumerate(recipe.steps):
         if isinstance(step, PruneNeurons):
             neurons = index
-        if not isinstance(step, FormStep):
+        if not isinstance(step, FormStep | Recover):
             continue
         names = _targets(step.targets, layout, tuple(shapes))
         if not names:
@@ -121,6 +125,11 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
                 f"recipe {recipe.name}: step {index + 1} ({step.kind}) targets {step.targets!r}, which "
                 f"matches no module; targets are {', '.join(GROUPS)}, or a glob such as '*.mlp.down_proj'"
             )
+        if isinstance(step, Recover):  # rewrites no form of a block; recovery comes after all of them
+            trained = tuple(names)
+            for name in names:
+                _check_order(recipe, index, name, modules[name], layout)
+            continue
         chosen = _hybrid(step, {name: shapes[name] for name in names})
         for name in names:
             old = modules[name]
@@ -131,7 +140,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     dtype = _storage_dtype(recipe, source)
     predicted = predict(recipe, source, modules, neurons, dtype)
     outer = frozenset({layout.embedding, layout.head})
-    return Plan(source.name, recipe, dtype, modules, outer, neurons, predicted)
+    return Plan(source.name, recipe, dtype, modules, outer, neurons, predicted, trained)
 
 
 def _shapes(source: ModelSource) -> dict[str, tuple[int, int]]:

@@ -68,6 +68,20 @@ def rewrite_block(
     return result
 
 
+def rewrite_early(block: nn.Module, name: str, layout: Layout, plan: Plan, before: int) -> None:
+    """Apply the steps in front of step `before` that look at no text, in place."""
+    for linear in layout.linears:
+        module = plan.modules[f"{name}.{linear}"]
+        for index in (index for index in module.steps if index < before):
+            step = plan.recipe.steps[index]
+            if isinstance(step, FormStep) and not step.needs_statistics:
+                context = LeafContext(
+                    module.granularity.get(index), _seed(plan.recipe.seed, f"{name}.{linear}")
+                )
+                form = current_form(block.get_submodule(linear))
+                set_form(block, linear, store(step.rewrite(form, None, context).form, plan.dtype))
+
+
 def current_form(module: nn.Module) -> Form:
     """The form that a linear holds: its own, or its dense weight."""
     if isinstance(module, CompressedLinear):

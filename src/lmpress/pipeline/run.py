@@ -34,7 +34,7 @@ from lmpress.pipeline.calibration import (
 )
 from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.plan import Plan, make_plan
-from lmpress.pipeline.rewriting import rewrite_block, rewrite_outer
+from lmpress.pipeline.rewriting import rewrite_block, rewrite_early, rewrite_outer
 from lmpress.pipeline.source import ModelSource
 from lmpress.pipeline.stream import BlockStream, Original
 from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
@@ -218,7 +218,7 @@ class Run:
             part = survey_samples(text.windows.shape[0])
             stream = self._stream(CalibrationText(text.windows[:part], text.record))
             try:
-                survey = survey_widths(self.plan, self.source, stream, self._dense)
+                survey = survey_widths(self.plan, self.source, stream, self._unpruned)
             except ValueError as error:
                 raise LmpressError(f"the survey of the blocks: {error}") from error
             self.journal.append({"survey": survey})
@@ -266,6 +266,13 @@ class Run:
     def _original(self, stream: BlockStream, index: int) -> Original:
         stream.at_block(index)
         return Original(stream, self._dense(index))
+
+    def _unpruned(self, index: int) -> nn.Module:
+        """A block as the pruning will find it, as far as that can be told without text."""
+        block = self._dense(index)
+        name = self.source.layout.block_name(index)
+        rewrite_early(block, name, self.source.layout, self.plan, self.plan.neurons or 0)
+        return block
 
     def _dense(self, index: int) -> nn.Module:
         return dense_block(self.source, index, self.device)

@@ -65,8 +65,7 @@ class BlockStream:
     Args:
         source: the model.
         outer: a model whose modules outside the blocks are real (embeddings may be compressed).
-        windows: token ids, (samples, seq_len).
-        mask: (samples, seq_len), zero where a token is padding; None where none is.
+        windows: token ids, (samples, seq_len); every one is text, none is padding.
         batch: windows that run together.
         budget: bytes of hidden states that may stay in memory.
         directory: where larger ones are spooled.
@@ -77,7 +76,6 @@ class BlockStream:
         source: ModelSource,
         outer: Any,
         windows: Tensor,
-        mask: Tensor | None = None,
         batch: int = 8,
         budget: int | None = None,
         directory: Path | None = None,
@@ -85,7 +83,6 @@ class BlockStream:
     ) -> None:
         self.layout = source.layout
         self.windows = windows
-        self.mask = mask
         self.batch = batch
         self.device = torch.device(device)
         self._calls: dict[tuple[int, int], _Call] = {}
@@ -121,9 +118,9 @@ class BlockStream:
 
         def watch(site: Site, last: bool) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                accumulators[site.name].update(args[0], self._mask(rows))
+                accumulators[site.name].update(args[0])
                 if sum(len(part) for part in samples[site.name]) < SAMPLE_TOKENS:
-                    samples[site.name].append(self._sample(args[0], rows))
+                    samples[site.name].append(_sample(args[0]))
                 if last and not advance:
                     raise _Stop
 
@@ -136,7 +133,7 @@ class BlockStream:
         if signal and outputs is not None:
             handles.append(
                 block.get_submodule(signal).register_forward_hook(
-                    lambda module, args, output: outputs.update(output, self._mask(rows))
+                    lambda module, args, output: outputs.update(output)
                 )
             )
         try:
@@ -193,16 +190,13 @@ class BlockStream:
         """Mean squared norm of a token's hidden state."""
         total, count = 0.0, 0
         for rows in self.batches():
-            states, mask = self.states[rows], self._mask(rows)
-            kept = states.reshape(-1, states.shape[-1])
-            if mask is not None:
-                kept = kept[mask.reshape(-1).bool().cpu()]
-            total += float(kept.double().square().sum())
-            count += kept.shape[0]
+            states = self.states[rows]
+            total += float(states.double().square().sum())
+            count += states.shape[:-1].numel()
         return total / max(1, count)
 
     def at_block(self, index: int) -> None:
-        """Tell which block runs next: blocks of one model may be called with different masks."""
+        """Tell which block runs next: blocks of one model may be called differently (masks, positions)."""
         self._index = index
 
     def _enter(self, outer: Any, budget: int | None, directory: Path) -> None:
@@ -213,12 +207,9 @@ class BlockStream:
         with replaced_blocks(outer, self.layout, self._caught):
             for rows in self.batches():
                 self._rows = rows
-                mask = None if self.mask is None else self.mask[rows].to(self.device)
                 try:
                     with torch.no_grad():
-                        outer.base_model(
-                            input_ids=self.windows[rows].to(self.device), attention_mask=mask, use_cache=False
-                        )
+                        outer.base_model(input_ids=self.windows[rows].to(self.device), use_cache=False)
                 except _Stop:
                     pass
 
@@ -231,8 +222,8 @@ class BlockStream:
         return states
 
     def _key(self, index: int, rows: slice) -> tuple[int, int]:
-        """Without padding the call depends on the size of the batch alone; with it, on the batch."""
-        return index, rows.start if self.mask is not None else rows.stop - rows.start
+        """No window is padded, so how a block is called depends on the size of the batch alone."""
+        return index, rows.stop - rows.start
 
     def call(self, block: nn.Module, rows: slice, states: Tensor) -> Tensor:
         """What `block` makes of the hidden `states` of some windows, called as the model would call it."""
@@ -252,16 +243,6 @@ class BlockStream:
         samples = self.windows.shape[0]
         for start in range(0, samples, self.batch):
             yield slice(start, min(start + self.batch, samples))
-
-    def _mask(self, rows: slice) -> Tensor | None:
-        return None if self.mask is None else self.mask[rows].to(self.device)
-
-    def _sample(self, x: Tensor, rows: slice) -> Tensor:
-        flat = x.detach().reshape(-1, x.shape[-1])
-        mask = self._mask(rows)
-        if mask is not None:
-            flat = flat[mask.reshape(-1).bool()]
-        return flat[:SAMPLE_TOKENS].float().clone()
 
 
 Stand = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -298,6 +279,11 @@ class _Substitute(nn.Module):
 
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._stand(self._index, states, args, kwargs)
+
+
+def _sample(x: Tensor) -> Tensor:
+    """The first rows of a batch of inputs, (<= SAMPLE_TOKENS, n)."""
+    return x.detach().reshape(-1, x.shape[-1])[:SAMPLE_TOKENS].float().clone()
 
 
 def _inputs(block: nn.Module, linear: str) -> int:

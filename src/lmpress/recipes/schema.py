@@ -184,8 +184,6 @@ def _check_order(recipe: Recipe, where: str) -> None:
 
 def _overlap(a: Step, b: Step) -> bool:
     """Whether two steps surely touch a module together."""
-    if isinstance(a, Recover) or isinstance(b, Recover):
-        return "embeddings" not in (a.targets, b.targets)  # adapters are on all linears
     if isinstance(a, PruneNeurons) and "mlp" in b.targets:
         return True
     pair = {a.targets, b.targets}

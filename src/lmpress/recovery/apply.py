@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lmpress.checkpoint import plan_of, read_json, stored_names, write_tensors
-from lmpress.corpora import calibration_windows, fingerprint, load_corpus
+from lmpress.corpora import calibration_windows, fingerprint, load_corpus, split_specs
 from lmpress.errors import RequestError
 from lmpress.forms import Dense, Form
 from lmpress.forms.linear import FormHolder
@@ -27,6 +28,7 @@ def recover_checkpoint(
     target: Path,
     manifest: dict[str, Any],
     step: Recover,
+    modules: Sequence[str],
     calibration: str,
     seed: int,
     dtype: torch.dtype,
@@ -38,6 +40,7 @@ def recover_checkpoint(
         staged: the compressed checkpoint.
         target: an empty directory.
         manifest: of the staged checkpoint.
+        modules: full names of the linears that are trained.
         calibration: what text to train on, as for calibration; `self` takes the windows that the model wrote.
         dtype: of the linears that are stored dense.
 
@@ -46,12 +49,8 @@ def recover_checkpoint(
     """
     windows, record = recovery_windows(source, staged, step, calibration, seed)
     model = AutoModelForCausalLM.from_pretrained(staged, dtype=torch.float32).to(device)
-    layout = source.layout
-    modules = [
-        f"{layout.block_name(i)}.{linear}" for i in range(layout.num_blocks) for linear in layout.linears
-    ]
     recovered = train_lora(model, modules, windows, step, seed)
-    forms = plan_of(staged)
+    forms = _staged_forms(staged)
     changed = {
         name: _changed(model.get_submodule(name), forms.get(name), update, step, dtype)
         for name, update in recovered.updates.items()
@@ -108,7 +107,7 @@ def recovery_windows(
         }
     else:
         tokenizer = source.tokenizer()
-        parts = [load_corpus(part.strip()) for part in calibration.split(",") if part.strip()]
+        parts = [load_corpus(part) for part in split_specs(calibration)]
         drawn = []
         for i, corpus in enumerate(parts):
             ids = sum(len(tokenizer(document)["input_ids"]) + 1 for document in corpus.documents)
@@ -127,6 +126,18 @@ def recovery_windows(
     return windows, record | {"tokens": windows.numel(), "ids_sha256": fingerprint(windows)}
 
 
+def _staged_forms(staged: Path) -> dict[str, Form]:
+    """The forms of a checkpoint by module, as its files have them: what runs may be another form."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(staged.glob("model-*.safetensors")):
+        tensors |= load_file(shard)
+    forms = {}
+    for name, empty in plan_of(staged).items():
+        stored = stored_names(empty)
+        forms[name] = empty.with_tensors({key: tensors[f"{name}.{own}"] for key, own in stored.items()})
+    return forms
+
+
 def _changed(
     module: nn.Module, stored: Form | None, update: tuple[Tensor, Tensor], step: Recover, dtype: torch.dtype
 ) -> Form:
@@ -134,9 +145,11 @@ def _changed(
     form: Form | None = module.stored_form if isinstance(module, FormHolder) else None
     if form is None:
         form = Dense(in_storage(cast(Tensor, module.weight).detach(), dtype))
-    elif stored is not None:
+    elif stored is not None and step.keep == "merge":
         names = stored.tensors()
         form = form.with_tensors({name: t.to(names[name].dtype) for name, t in form.tensors().items()})
+    elif stored is not None:
+        form = stored
     return as_term(form, *update, dtype) if step.keep == "term" else merged(form, *update)
 
 

@@ -13,6 +13,7 @@ class Recover(Step):
     """LoRA on the compressed model (arXiv 2106.09685), then merged into the weights or kept as a term.
 
     Attributes:
+        targets: the linears of the blocks that get an adapter; all others stay as they are.
         steps: optimizer steps.
         learning_rate: of AdamW.
         batch_size, seq_len: of a step, in windows and tokens.
@@ -30,3 +31,7 @@ class Recover(Step):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     keep: Literal["merge", "term"] = "merge"
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+
+    @property
+    def blocks_only(self) -> bool:
+        return True
