@@ -1,11 +1,14 @@
-"""What does a bit buy? Every way of quantizing, at every rate, by one calibration and one evaluation.
+"""What does a bit buy? Recipes of one kind, by one calibration and one evaluation.
 
-    python benchmarks/rates.py -o DIR --c4 FILE --text FILE [--max-tokens 32768] [--only NAME ...]
+    python benchmarks/rates.py -o DIR --c4 FILE --text FILE [--kind bits] [--max-tokens N] [--only NAME ...]
+
+Kinds: `bits`, every way of quantizing at every rate; `structure`, what sparsity and low rank keep at half of
+the parameters, and at equal bytes; `both`, sparsity and bits together against bits alone.
 
 FILE of C4 has a document a line: the last fifth is held back and evaluated on, the rest is calibrated on.
 Prints one table (block bits per weight and bytes of the whole directory, perplexity on both texts relative to
 the dense model of the same run, KL divergence), how the coder does against the entropy, how long the model
-takes to load, and the protocol. Compressing the nine of them takes about an hour on two cores.
+takes to load, and the protocol. A recipe takes three to ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -30,11 +33,30 @@ def coded(bits: float) -> dict[str, Any]:
     return {"name": f"ec-{bits}", "steps": steps}
 
 
-def chosen() -> dict[str, Any]:
-    """The recipes of the table, by name. All have the same embeddings but for `ec-4bit`, as it ships."""
-    fixed = ["gptq-8bit", "gptq-4bit", "mixed-4bit", "mixed-3bit", "gptq-3bit", "ec-4bit"]
-    recipes: dict[str, Any] = {name: load_recipe(name) for name in fixed}
-    return recipes | {r["name"]: r for r in map(coded, (6.0, 4.25, 4.0, 3.25, 2.5))}
+def alone(name: str, step: dict[str, Any]) -> dict[str, Any]:
+    """One step on the linears, 16 bits, embeddings untouched."""
+    return {"name": name, "steps": [step]}
+
+
+def chosen(kind: str) -> list[Any]:
+    """The recipes of a table. Those of `bits` have the same embeddings but for `ec-4bit`, as it ships."""
+    if kind == "bits":
+        fixed = ["gptq-8bit", "gptq-4bit", "mixed-4bit", "mixed-3bit", "gptq-3bit", "ec-4bit"]
+        return [*map(load_recipe, fixed), *map(coded, (6.0, 4.25, 4.0, 3.25, 2.5))]
+    if kind == "both":
+        return [load_recipe(n) for n in ("joint-25-4bit", "joint-50-4bit", "sslc-50-4bit", "spq-4bit")]
+    fixed = ["sslc-50", "sparsegpt-50", "wanda-50", "sslc-2of4", "sparsegpt-2of4", "wanda-2of4"]
+    magnitude = {"method": "magnitude", "sparsity": 0.5}
+    low_rank = {"targets": "linears", "method": "svd_llm"}
+    return [
+        *map(load_recipe, fixed),
+        alone("magnitude-50", {"sparsify": magnitude}),
+        alone("magnitude-2of4", {"sparsify": {"method": "magnitude", "pattern": "2:4"}}),
+        alone("svd-llm-50", {"svd": low_rank | {"ratio": 0.5}}),
+        # half of the weights and a bitmap are 9 bits a weight: what low rank may keep at these bytes
+        alone("svd-llm-9-bits", {"svd": low_rank | {"ratio": 0.5625}}),
+        alone("svd-llm-9-bits-shared", {"svd": low_rank | {"ratio": 0.5625, "allocation": "sensitivity"}}),
+    ]
 
 
 def split(path: Path, directory: Path) -> tuple[Path, Path]:
@@ -64,12 +86,13 @@ def main() -> None:
     parser.add_argument("--c4", type=Path, required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--only", nargs="*", help=f"of: {' '.join(chosen())}")
+    parser.add_argument("--kind", choices=["bits", "structure", "both"], default="bits")
+    parser.add_argument("--only", nargs="*", help="names of recipes")
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     calibration, held = split(args.c4, args.output)
-    recipes = [recipe for name, recipe in chosen().items() if not args.only or name in args.only]
+    recipes = [r for r in map(load_recipe, chosen(args.kind)) if not args.only or r.name in args.only]
     result = compare(
         args.model,
         recipes,

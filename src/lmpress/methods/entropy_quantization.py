@@ -182,7 +182,7 @@ def entropy_round(
         last[step] = EntropyCoded.from_codes(codes, row, column, options.chunk_size), codes
         return last[step]
 
-    curve = rate_curve(target, flat, options, sensitivity=sensitivity, sample_rows=4096)
+    curve = rate_curve(target, flat, options, sensitivity=sensitivity, sample_rows=1024)
     start = solve_step([curve], bits)
     step, _ = refine_step(
         lambda step: coded(step)[0].bits_per_weight, start, bits, tolerance=0.005 * max(1.0, bits)
