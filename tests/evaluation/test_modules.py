@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+import lmpress
 from lmpress.errors import RequestError
 from lmpress.evaluation import linear_bits_per_weight, module_table, stored_bits_per_weight
-from lmpress.evaluation.modules import block_linears
+from lmpress.evaluation.modules import block_linears, nominal_compression
 from lmpress.forms import CompressedEmbedding, CompressedLinear, Dense, Form, LowRank, Quantized
 from tests.tiny import TINY, save_tiny, tiny_model
 
@@ -179,3 +181,25 @@ def test_modules_that_are_no_linear_are_not_in_the_table() -> None:
     names = {row.name for row in module_table(tiny_model("opt-post-norm"))}
     assert not any("project" in name or "norm" in name for name in names)
     assert isinstance(tiny_model("opt-post-norm").model.decoder.project_in, nn.Linear)
+
+
+def test_entropy_coded_weights_count_at_their_real_bits_on_paper(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = {
+        "calibration": {"samples": 4, "seq_len": 32},
+        "steps": [
+            {"prune_neurons": {"allocation": "uniform", "ratio": 0.25, "multiple_of": 8}},
+            {"entropy_quantize": {"targets": "mlp", "bits": 3}},
+        ],
+    }
+    result = lmpress.compress(tiny("llama"), recipe, tmp_path / "out", calibration=str(text_file))
+    coded = stored = 0
+    for name, told in result.manifest["modules"].items():
+        if ".mlp." in name and told.get("bytes"):
+            coded += 8 * told["bytes"]
+    attention = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64)  # two blocks, 16 bits a weight
+    stored = attention + 2 * 3 * 64 * 72
+    sparsity, bits = nominal_compression(tmp_path / "out")
+    assert sparsity == pytest.approx(1 - stored / (attention + 2 * 3 * 64 * 96))
+    assert bits == pytest.approx((coded + 16 * attention) / stored, rel=1e-4)

@@ -38,6 +38,19 @@ STEPS: dict[str, list[dict[str, Any]]] = {
         {"correct": {"rank": 4, "bits": 8}},
     ],
     "sslc": [{"sparse_low_rank": {"sparsity": 0.5, "bits": 4, "factor_bits": 8, "iterations": 20}}],
+    "ec": [{"entropy_quantize": {"bits": 4}}, {"entropy_quantize": {"targets": "embeddings", "bits": 6}}],
+    "svd-pivot-ec": [
+        {"svd": {"targets": "linears", "ratio": 0.7}},
+        {"pivot": {"targets": "mlp"}},
+        {"entropy_quantize": {"bits": 5}},
+    ],
+    "prune-ec": [
+        {"prune_neurons": {"allocation": "uniform", "ratio": 0.25, "multiple_of": 8}},
+        {"entropy_quantize": {"bits": 4}},
+    ],
+    "mixed": [
+        {"quantize": {"bits": 4.5, "allocation": "mixed", "granularity": "group:32", "solver": "gptq"}},
+    ],
 }
 
 CASES = [(family, step) for family in TINY for step in STEPS]

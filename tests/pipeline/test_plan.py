@@ -192,3 +192,38 @@ def test_steps_that_cannot_follow_each_other(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         lmpress.plan(tiny("llama"), {"steps": steps})
+
+
+@pytest.mark.parametrize("first", ["quantize", "entropy_quantize"])
+@pytest.mark.parametrize("second", ["quantize", "entropy_quantize"])
+def test_modules_get_their_bits_once(first: str, second: str, tiny: Callable[[str], Path]) -> None:
+    steps = [{first: {"bits": 4}}, {second: {"targets": "attention", "bits": 4}}]
+    with pytest.raises(RequestError, match=rf"step 2 \({second}\).* step 1 quantizes"):
+        lmpress.plan(tiny("llama"), {"steps": steps})
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"entropy_quantize": {"bits": 4}}, {"entropy_quantize": {"targets": "embeddings", "bits": 6}}],
+        [{"svd": {"ratio": 0.7}}, {"entropy_quantize": {"bits": 5}}],
+        [{"quantize": {"bits": 4.25, "allocation": "mixed"}}],
+        [
+            {"quantize": {"bits": 4.5, "allocation": "mixed", "granularity": "group:32", "solver": "gptq"}},
+            {"quantize": {"targets": "embeddings"}},
+        ],
+    ],
+)
+def test_bytes_of_a_budget_are_foretold(
+    steps: list[dict[str, Any]], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = {"calibration": {"samples": 4, "seq_len": 32}, "steps": steps}
+    predicted = lmpress.plan(tiny("llama"), recipe)["predicted"]
+    assert not predicted["exact"]
+    result = lmpress.compress(tiny("llama"), recipe, tmp_path / "out", calibration=str(text_file))
+    headers = sum(
+        8 + int.from_bytes(p.read_bytes()[:8], "little")
+        for p in (tmp_path / "out").glob("model-*.safetensors")
+    )
+    stored = result.manifest["sizes"]["weight_bytes"] - headers
+    assert stored == pytest.approx(predicted["bytes"], rel=0.02)

@@ -120,6 +120,52 @@ def test_finished_blocks_are_not_made_again(
     assert digest(tmp_path / "out") == unbroken[0]
 
 
+BUDGETS: dict[str, Any] = {
+    "name": "budgets",
+    "calibration": {"samples": 8, "seq_len": 32},
+    "steps": [
+        {"prune_neurons": {"allocation": "loss", "ratio": 0.2, "multiple_of": 8}},
+        {"quantize": {"targets": "attention", "bits": 4.5, "allocation": "mixed", "solver": "gptq"}},
+        {"entropy_quantize": {"targets": "mlp", "bits": 3.5}},
+        {"entropy_quantize": {"targets": "embeddings", "bits": 6}},
+    ],
+}
+"""Bits that depend on all blocks together, and on the real sizes of those before."""
+
+
+@pytest.fixture(scope="module")
+def within_budgets(deep: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The files of an unbroken run under BUDGETS."""
+    output = tmp_path_factory.mktemp("budgets") / "out"
+    lmpress.compress(deep, BUDGETS, output, calibration=str(text_file))
+    return digest(output)
+
+
+@pytest.mark.parametrize(
+    "line", [b'"calibration"', b'"outer"', b'"survey"', b'"allocation"', b'"block": 0', b'"block": 3']
+)
+def test_a_killed_run_shares_its_budgets_as_before(
+    line: bytes, deep: Path, text_file: Path, within_budgets: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = recovering(deep, text_file, tmp_path / "out") | {"recipe": BUDGETS}
+    journal = tmp_path / "out" / WORK / "journal.jsonl"
+    assert start_and_kill(lambda: journal.is_file() and line in journal.read_bytes(), **arguments)
+    lmpress.compress(**arguments, resume=True)
+    assert digest(tmp_path / "out") == within_budgets
+
+
+def test_a_lost_survey_is_made_again(
+    deep: Path, text_file: Path, within_budgets: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = recovering(deep, text_file, tmp_path / "out") | {"recipe": BUDGETS}
+    work = tmp_path / "out" / WORK
+    journal = work / "journal.jsonl"
+    assert start_and_kill(lambda: journal.is_file() and b'"block": 1' in journal.read_bytes(), **arguments)
+    (work / "sensitivity.safetensors").unlink()
+    lmpress.compress(**arguments, resume=True)
+    assert digest(tmp_path / "out") == within_budgets
+
+
 @pytest.mark.parametrize("moved", [1, 4, 9])
 def test_a_kill_while_publishing(
     moved: int,

@@ -113,6 +113,54 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str) -> None:
             ["prune_neurons comes before sparsify"],
         ),
         ({"steps": [{"sparsify": {"sparsity": 0.5}}, {"recover": {}}]}, ["keep: term"]),
+        ({"steps": [{"quantize": {"bits": 4.25}}]}, ["a share of a bit takes allocation: mixed"]),
+        ({"steps": [{"quantize": {"bits": 8.5}}]}, ["allocation: mixed"]),
+        ({"steps": [{"quantize": {"bits": 9.5, "allocation": "mixed"}}]}, ["bits", "9"]),
+        ({"steps": [{"quantize": {"allocation": "mixd"}}]}, ["allocation", "mixed"]),
+        ({"steps": [{"quantize": {"allocation": "mixed", "granularity": "percentile"}}]}, ["group:N"]),
+        (
+            {"steps": [{"quantize": {"allocation": "mixed", "targets": "embeddings"}}]},
+            ["allocation: mixed", "not on embeddings"],
+        ),
+        ({"steps": [{"entropy_quantize": {"bits": 0}}]}, ["bits", "greater than 0"]),
+        ({"steps": [{"entropy_quantize": {"bits": 12.5}}]}, ["bits", "12"]),
+        ({"steps": [{"entropy_quantize": {"largest_code": 0}}]}, ["largest_code"]),
+        ({"steps": [{"entropy_quantise": {}}]}, ["did you mean 'entropy_quantize'"]),
+        (
+            {"steps": [{"sparsify": {"sparsity": 0.5}}, {"entropy_quantize": {}}]},
+            ["stores zeros at what they are worth"],
+        ),
+        (
+            {"steps": [{"sparse_low_rank": {"sparsity": 0.5}}, {"entropy_quantize": {}}]},
+            ["leave sparse_low_rank out"],
+        ),
+        (
+            {"steps": [{"svd": {"ratio": 0.5}}, {"correct": {"bits": 8}}, {"entropy_quantize": {}}]},
+            ["correct with bits has quantized"],
+        ),
+        (
+            {
+                "steps": [
+                    {"svd": {"ratio": 0.5, "targets": "linears"}},
+                    {"entropy_quantize": {}},
+                    {"pivot": {}},
+                ]
+            },
+            ["pivot comes before", "entropy_quantize"],
+        ),
+        (
+            {"steps": [{"entropy_quantize": {}}, {"svd": {"ratio": 0.5}}]},
+            ["svd comes before entropy_quantize"],
+        ),
+        (
+            {"steps": [{"entropy_quantize": {}}, {"sparsify": {"sparsity": 0.5}}]},
+            ["sparsify comes before entropy_quantize"],
+        ),
+        ({"steps": [{"entropy_quantize": {}}, {"prune_neurons": {}}]}, ["prune_neurons comes before"]),
+        (
+            {"steps": [{"entropy_quantize": {}}, {"recover": {"keep": "merge"}}]},
+            ["merged into what entropy_quantize makes", "keep: term"],
+        ),
         (
             {
                 "steps": [
@@ -144,6 +192,10 @@ def test_what_is_wrong_is_said_in_one_line(recipe: object, words: list[str]) -> 
         [{"sparsify": {"sparsity": 0.5}}, {"correct": {}}, {"recover": {"keep": "term"}}],
         [{"quantize": {"targets": "*.q_proj"}}, {"correct": {"targets": "attention"}}],  # names decide
         [{"prune_neurons": {}}, {"svd": {"ratio": 0.9}}, {"sparsify": {"sparsity": 0.5}}],
+        [{"svd": {"ratio": 0.9}}, {"pivot": {"targets": "attention"}}, {"entropy_quantize": {"bits": 3.3}}],
+        [{"entropy_quantize": {}}, {"correct": {"rank": 4}}, {"recover": {"keep": "term"}}],
+        [{"entropy_quantize": {"targets": "embeddings"}}, {"quantize": {}}, {"recover": {}}],
+        [{"quantize": {"bits": 4.25, "allocation": "mixed"}}, {"recover": {"keep": "merge"}}],
         [{"sparsify": {"sparsity": 0.5, "targets": "mlp"}}, {"recover": {"targets": "attention"}}],
         [{"sparsify": {"sparsity": 0.5, "targets": "*.q_proj"}}, {"recover": {}}],  # the plan looks at names
     ],

@@ -7,9 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from lmpress.forms import Dense, Form, LowRank, Pivoted, Quantized, Sparse, Sum
+from lmpress.forms import Dense, EntropyCoded, Form, LowRank, Pivoted, Quantized, Sparse, Sum
 from lmpress.methods.gptq import GptqOptions, gptq
-from lmpress.recipes import Correct, LeafContext, Pivot, Quantize, SparseLowRank, Sparsify, Svd
+from lmpress.methods.result import Rewritten
+from lmpress.recipes import (
+    Correct,
+    EntropyQuantize,
+    LeafContext,
+    Pivot,
+    Quantize,
+    SparseLowRank,
+    Sparsify,
+    Svd,
+)
+from lmpress.recipes.steps.base import LeafStep, _pivoted_contexts
 from lmpress.statistics import InputStatistics
 from lmpress.statistics.inputs import StatisticsAccumulator
 
@@ -142,3 +153,88 @@ def test_the_other_factorizations_keep_the_share(method: str) -> None:
     assert isinstance(form, LowRank)
     assert form.rank == int(0.8 * 24 * 32 / (24 + 32))
     assert strayed(form) >= 0.99 * strayed(after(Svd(ratio=0.8)))
+
+
+def expected_square(sensitivity: torch.Tensor, through: torch.Tensor) -> torch.Tensor:
+    """E[g_k^2] at hidden values that reach the outputs by `through`, by autograd on each output alone.
+
+    Gradients of the outputs that are independent, of mean square s_i: the squares of what each gives add up.
+    """
+    hidden = torch.zeros(through.shape[1], dtype=torch.float64, requires_grad=True)
+    total = torch.zeros_like(hidden)
+    for i, s in enumerate(sensitivity.double()):
+        loss = s.sqrt() * (through.double() @ hidden)[i]
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        total += gradient.square()
+    return total.detach().float()
+
+
+def test_sensitivity_goes_behind_a_factor() -> None:
+    left, sensitivity = torch.randn(24, 5, generator=GENERATOR), torch.rand(24, generator=GENERATOR)
+    context = LeafContext(seed=4, grid_step=0.1, sensitivity=sensitivity).behind(left)
+    assert (context.seed, context.grid_step) == (4, 0.1)
+    assert context.sensitivity is not None
+    torch.testing.assert_close(context.sensitivity, expected_square(sensitivity, left))
+    assert LeafContext(bits=3).behind(left) == LeafContext(bits=3)
+
+
+def test_sensitivity_of_pivoted_rows() -> None:
+    form = after(Pivot(), after(Svd(ratio=0.8)))
+    assert isinstance(form, Pivoted)
+    sensitivity = torch.rand(24, generator=GENERATOR)
+    inner, outer = _pivoted_contexts(form, LeafContext(sensitivity=sensitivity))
+    # every output of the module in terms of the basis outputs: dense() = through @ basis
+    through = form.dense().double() @ torch.linalg.pinv(form.basis.dense().double())
+    expected = expected_square(sensitivity, through)
+    assert inner.sensitivity is not None
+    assert outer.sensitivity is not None
+    torch.testing.assert_close(inner.sensitivity, expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(outer.sensitivity, sensitivity[~form.pivots()])
+    assert outer.sensitivity.shape[0] == form.coefficients.shape[0]
+    plain = LeafContext(bits=4)
+    assert _pivoted_contexts(form, plain) == (plain, plain)
+
+
+class Spy(LeafStep):
+    """Leaves every leaf as it is, and notes the context that it came with."""
+
+    kind = "spy"
+
+    def rewrite_leaf(self, leaf: Form, statistics: Any, context: LeafContext) -> Any:
+        SEEN.append((leaf.shape, context.sensitivity))
+        return Rewritten(leaf, {})
+
+
+SEEN: list[tuple[tuple[int, int], torch.Tensor | None]] = []
+
+
+def test_every_leaf_gets_a_sensitivity_an_output() -> None:
+    sensitivity = torch.rand(24, generator=GENERATOR)
+    factors = after(Svd(ratio=0.8))
+    for form in (factors, after(Pivot(), factors), Sum((Dense(WEIGHT), factors))):
+        SEEN.clear()
+        Spy().rewrite(form, statistics(), LeafContext(sensitivity=sensitivity))
+        assert len(SEEN) >= 2
+        assert all(s is not None and s.shape == (shape[0],) for shape, s in SEEN)
+
+
+def test_entropy_quantize_needs_its_step_and_a_table_does_not() -> None:
+    step = EntropyQuantize(bits=4.0)
+    with pytest.raises(ValueError, match="in common"):
+        after(step)
+    form = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(grid_step=0.05)).form
+    assert isinstance(form, EntropyCoded)
+    finer = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(grid_step=0.01)).form
+    assert strayed(finer) < strayed(form) / 10
+    table = step.rewrite(Dense(WEIGHT), None, LeafContext()).form
+    assert isinstance(table, EntropyCoded)
+    assert table.bits_per_weight <= 4.0
+    with pytest.raises(ValueError, match="takes dense weights"):
+        step.rewrite(after(Quantize()), statistics(), LeafContext(grid_step=0.05))
+
+
+def test_quantize_takes_the_bits_of_its_share() -> None:
+    step = Quantize(bits=4.25, allocation="mixed")
+    form = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(bits=6)).form
+    assert isinstance(form, Quantized)
+    assert form.bits == 6

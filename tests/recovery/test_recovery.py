@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import lmpress
 from lmpress.checkpoint import plan_of
 from lmpress.errors import RequestError
-from lmpress.forms import Dense, Form, LowRank, Quantized, Sum
+from lmpress.forms import Dense, EntropyCoded, Form, LowRank, Quantized, Sum
 from lmpress.methods.rtn import RoundOptions, round_to_nearest
 from lmpress.recovery import merged
 from lmpress.recovery.merge import as_term
@@ -215,3 +215,42 @@ def test_an_update_beside_sparse_weights_leaves_their_pattern(
         assert form.terms[0].describe() == before[name].describe()
         assert torch.equal(new[f"{name}.weight"], old[f"{name}.weight"])  # the pattern
         assert torch.equal(new[f"{name}.term0_values_codes"], old[f"{name}.values_codes"])
+
+
+def test_an_update_beside_entropy_coded_weights_leaves_their_codes(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    steps: list[dict[str, Any]] = [{"entropy_quantize": {"bits": 2.5}}]
+    common = {"calibration": {"samples": 4, "seq_len": 32}}
+    train = {
+        "recover": {
+            "steps": 30,
+            "seq_len": 32,
+            "batch_size": 4,
+            "rank": 4,
+            "learning_rate": 5e-3,
+            "keep": "term",
+        }
+    }
+    told = {"calibration": str(text_file)}
+    plain = lmpress.compress(tiny("llama"), common | {"steps": steps}, tmp_path / "plain", **told)
+    trained = lmpress.compress(tiny("llama"), common | {"steps": [*steps, train]}, tmp_path / "out", **told)
+    report = trained.manifest["recovery"]
+    assert report["held_out_loss"] < report["held_out_loss_before"] - 0.01
+    before, after = plan_of(plain.directory), plan_of(trained.directory)
+    old = {k: v for p in plain.directory.glob("model-*") for k, v in load_file(p).items()}
+    new = {k: v for p in trained.directory.glob("model-*") for k, v in load_file(p).items()}
+    for name, form in after.items():
+        assert isinstance(form, Sum)
+        assert isinstance(form.terms[0], EntropyCoded)
+        assert isinstance(form.terms[1], LowRank)
+        assert form.terms[0].describe() == before[name].describe()
+        kept = {key.removeprefix(f"{name}.") for key in old if key.startswith(f"{name}.")} - {"weight"}
+        assert kept
+        assert torch.equal(new[f"{name}.weight"], old[f"{name}.weight"])
+        assert all(torch.equal(new[f"{name}.term0_{key}"], old[f"{name}.{key}"]) for key in kept)
+    ids = torch.randint(0, 250, (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = trained.load(dtype=torch.float32)(ids).logits
+    assert torch.isfinite(logits).all()
+    assert not torch.equal(logits, plain.load(dtype=torch.float32)(ids).logits)

@@ -129,10 +129,7 @@ def entropy_quantize(
         target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry, rank)
     shape = step_shape(weight.shape[0], _in_order(factor.upper.diagonal(), rank), sensitivity, options)
     row = (shape.row.float() * (step * shape.unit)).to(shape.row.dtype)
-    column = shape.column
-    if options.largest_code is not None and weight.numel():
-        needed = (target / row.float()).abs().amax(0, keepdim=True) / options.largest_code
-        column = torch.maximum(column.float(), needed).half()
+    column = _wide_enough(target, row, shape.column, options)
     codes = _solve(target, factor, rank, row.float(), column.float(), options)
     form = EntropyCoded.from_codes(codes, row, column, options.chunk_size)
     report: dict[str, Any] = {
@@ -172,19 +169,25 @@ def entropy_round(
     shape = step_shape(rows, flat, sensitivity, options)
     target = weight.float()
     by_row, by_column = _deviations(target)
+    last: dict[float, tuple[EntropyCoded, Tensor]] = {}
 
     def coded(step: float) -> tuple[EntropyCoded, Tensor]:
         row = (shape.row.float() * (step * shape.unit)).to(shape.row.dtype)
-        size = row.float() * shape.column.float()
+        column = _wide_enough(target, row, shape.column, options)
+        size = row.float() * column.float()
         codes = _round(target / size, by_row[:, None] * by_column / size, options.dead_zone)
-        return EntropyCoded.from_codes(codes, row, shape.column, options.chunk_size), codes
+        if options.largest_code is not None:
+            codes.clamp_(-options.largest_code, options.largest_code)
+        last.clear()
+        last[step] = EntropyCoded.from_codes(codes, row, column, options.chunk_size), codes
+        return last[step]
 
     curve = rate_curve(target, flat, options, sensitivity=sensitivity, sample_rows=1024)
     start = solve_step([curve], bits)
     step, _ = refine_step(
         lambda step: coded(step)[0].bits_per_weight, start, bits, tolerance=0.005 * max(1.0, bits)
     )
-    form, codes = coded(step)
+    form, codes = last[step] if step in last else coded(step)
     norm = float(target.double().norm())
     error = float((target - form.dense()).double().norm())
     return Rewritten(
@@ -245,6 +248,14 @@ def _factor(hessian: Tensor, rank: Tensor, options: EntropyOptions) -> InverseFa
 
 def _in_order(values: Tensor, rank: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(0, rank, values)
+
+
+def _wide_enough(target: Tensor, row: Tensor, column: Tensor, options: EntropyOptions) -> Tensor:
+    """The column steps, wider where a code would be larger than it may be."""
+    if options.largest_code is None or not target.numel():
+        return column
+    needed = (target / row.float()).abs().amax(0, keepdim=True) / options.largest_code
+    return torch.maximum(column.float(), needed).half()
 
 
 def _deviations(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ is the error of rounding the entry as it stands when its turn comes (see `method
 sensitive the model is to output i: the mean squared gradient of its loss by that output, so that half of the
 sum is the expected divergence to second order (Fisher's information; HAWQ-V2, arXiv 1911.03852, takes the
 trace of the Hessian by layer instead). The errors of the weight as it is stand in for the compensated ones,
-which has about the same range: no solving is needed to compare bits, only to quantize in the end.
+which has about the same range: no solving is needed to compare bits, only to quantize in the end. U depends
+on the order of the columns, and is taken in that of GPTQ; plain rounding has the diagonal of H instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,26 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Quantized
+from lmpress.methods.gptq import GptqOptions, columns_in_order
+from lmpress.methods.hessian import damped_inverse_factor
 from lmpress.methods.rtn import fit_grid, quantize_to_grid
+from lmpress.statistics import InputStatistics
+
+
+def error_deviations(statistics: InputStatistics, options: GptqOptions | None) -> Tensor:
+    """U_jj of the input's damped Hessian in the order in which GPTQ takes the columns, (in,) by input.
+
+    Args:
+        options: of GPTQ: its order and damping; None for rounding without feedback, where the error of a
+            column counts by its mean square, `1 / sqrt(H_jj)`.
+    """
+    hessian = statistics.require_hessian().float()
+    if options is None:
+        diagonal = hessian.diagonal()
+        return diagonal.clamp_min(float(diagonal.mean()) * 1e-6 or 1.0).rsqrt()
+    rank = columns_in_order(hessian.diagonal(), options)
+    factor = damped_inverse_factor(hessian[rank][:, rank], options.damping)
+    return torch.empty_like(hessian[0]).scatter_(0, rank, factor.upper.diagonal())
 
 
 def predicted_losses(
@@ -33,7 +53,7 @@ def predicted_losses(
     """`sum_ij s_i e_ij^2 / U_jj^2` of `weight` (out, in) at each number of bits.
 
     Args:
-        deviations: U_jj of the input's damped Hessian, (in,).
+        deviations: `error_deviations` of the input, (in,).
         sensitivity: s, one number or one an output (out,).
         sample_rows: estimate the sum from so many rows; all are taken where one scale is shared by all.
 

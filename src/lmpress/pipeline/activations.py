@@ -33,6 +33,11 @@ class Activations:
         samples, tokens, width = self._data.shape
         return samples, tokens, width
 
+    def close(self) -> None:
+        """Delete the file, if there is one; nothing can be read later."""
+        if self._file is not None:
+            self._file.close()
+
     @property
     def on_disk(self) -> bool:
         """Whether the states are mapped from a file."""

@@ -11,21 +11,22 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from lmpress.errors import RequestError
 from lmpress.forms import EntropyCoded, Form
 from lmpress.methods.entropy_quantization import (
-    EntropyOptions,
     RateCurve,
     conditional_deviations,
     rate_curve,
     solve_step,
 )
+from lmpress.methods.gptq import GptqOptions
 from lmpress.methods.knapsack import solve
-from lmpress.methods.mixed_precision import predicted_losses
+from lmpress.methods.mixed_precision import error_deviations, predicted_losses
+from lmpress.methods.rtn import choose_scale_dtype
 from lmpress.methods.svd_llm import ranks_for_budget, row_weights, spectrum
 from lmpress.pipeline.activations import Activations
 from lmpress.pipeline.plan import Plan
@@ -44,8 +45,7 @@ SLACK = 0.001
 """Bits a weight below its target that an entropy-coded model aims at: no block corrects the last one."""
 
 TRUST = 2
-"""Blocks' worth of prediction that a correction by real sizes is blended with, while few are known."""
-
+"""Surplus bits that n blocks tell are divided by 1 + TRUST / n^2: the first blocks are unlike the others."""
 
 SURPRISE = 0.03
 """A block that misses its prediction by more, relatively, is done again: the first one, as a rule."""
@@ -123,14 +123,14 @@ class Allocation:
         rest = {name: curve for name, curve in curves.items() if name not in seen}
         spent, weights = sum(r["bits"] for r in done), sum(r["weights"] for r in done)
         known = [*done, *([tried[str(index)]] if str(index) in tried else [])]
-        correction = _correction(known, trust=0 if tried else TRUST)
+        surplus = _surplus(known, trust=0 if tried else TRUST)
         # modules that lost neurons or were factored have fewer weights than their curves tell
         whole = sum(curves[name].weights for rate in known for name in rate["modules"])
         scale = sum(rate["weights"] for rate in known) / whole if whole else 1.0
         left = sum(curve.weights for curve in rest.values()) * scale
         if not left:
             return 1.0
-        wanted = ((target - SLACK) * (weights + left) - spent) / (correction * left)
+        wanted = ((target - SLACK) * (weights + left) - spent) / left - surplus
         least = solve_step(list(rest.values()), _least(list(rest.values())))
         try:
             return min(least, solve_step(list(rest.values()), wanted))
@@ -140,7 +140,8 @@ class Allocation:
     def settled(self, rates: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a block took about what was expected of it; else it is worth doing again."""
         return all(
-            abs(rate["bits"] / rate["predicted"] / _correction(_rates(int(key), past)) - 1) <= SURPRISE
+            abs(rate["bits"] - rate["predicted"] - _surplus(_rates(int(key), past)) * rate["weights"])
+            <= SURPRISE * rate["bits"]
             for key, rate in rates.items()
         )
 
@@ -168,11 +169,15 @@ def _rates(index: int, past: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
     return [entry["rates"][str(index)] for entry in past if str(index) in entry.get("rates", {})]
 
 
-def _correction(rates: Sequence[Mapping[str, Any]], trust: int = TRUST) -> float:
-    """Real bits over predicted ones, blended with `trust` blocks whose prediction is right."""
-    spent, predicted = sum(rate["bits"] for rate in rates), sum(rate["predicted"] for rate in rates)
-    prior = trust * predicted / max(1, len(rates))
-    return float((spent + prior) / (predicted + prior)) if predicted else 1.0
+def _surplus(rates: Sequence[Mapping[str, Any]], trust: int = TRUST) -> float:
+    """Real bits a weight less predicted ones, smaller while few blocks have told it.
+
+    A difference, for what curves do not know is mostly how large the values are (of compensated weights, of
+    factors), and that adds the same number of bits at any step.
+    """
+    more = sum(rate["bits"] - rate["predicted"] for rate in rates)
+    weights = sum(rate["weights"] for rate in rates)
+    return float(more / (weights * (1 + trust / len(rates) ** 2))) if weights else 0.0
 
 
 def _least(curves: Sequence[RateCurve]) -> float:
@@ -213,7 +218,7 @@ def survey_budgets(
         directory: where hidden states are spooled.
 
     Returns:
-        what the journal keeps; and the sensitivity of every linear by full name, and the probabilities of the
+        What the journal keeps; and the sensitivity of every linear by full name, and the probabilities of the
         tokens as `TOKENS`.
 
     Raises:
@@ -232,7 +237,7 @@ def survey_budgets(
     def seen(
         i: int, block: nn.Module, squares: Mapping[str, Tensor], inputs: Mapping[str, InputStatistics]
     ) -> None:
-        known: dict[tuple[int, float], Tensor] = {}  # linears of one site have one input
+        known: dict[tuple[int, int], Tensor] = {}  # linears of one site have one input
         for linear, square in squares.items():
             name = f"{layout.block_name(i)}.{linear}"
             sensitivity[name] = square
@@ -242,15 +247,17 @@ def survey_budgets(
                 if isinstance(step, Svd):
                     told[index][name] = _spectrum(step, weight, inputs[linear], square.to(weight.device))
                     continue
-                key = id(inputs[linear]), cast(Quantize | EntropyQuantize, step).damping
+                key = index, id(inputs[linear])
                 if key not in known:
-                    known[key] = conditional_deviations(inputs[linear], EntropyOptions(damping=key[1]))
+                    known[key] = _deviations(step, inputs[linear])
                 told[index][name] = _outlook(step, weight, known[key], square.to(weight.device))
 
     if plan.weighs_tokens:
         sensitivity[TOKENS] = token_probabilities(outer, layout, stream.windows, stream.states, stream.device)
     if budgets:
         sensitivities(stream, outer, entrances, load, seen, plan.recipe.seed)
+    for states in entrances:
+        states.close()
     shared = {str(index): _given_out(plan, index, told[index]) for index in budgets}
     return {"tokens": stream.windows.numel(), "budgets": shared}, sensitivity
 
@@ -269,38 +276,56 @@ def _spectrum(step: Svd, weight: Tensor, inputs: InputStatistics, sensitivity: T
     return spectrum(weight, inputs.require_hessian())
 
 
+def _deviations(step: Any, inputs: InputStatistics) -> Tensor:
+    """What the error of an input's column is divided by, as the solver of the step weighs it."""
+    if isinstance(step, EntropyQuantize):
+        return conditional_deviations(inputs, step.options())
+    assert isinstance(step, Quantize)
+    feedback = None
+    if step.solver == "gptq":
+        feedback = GptqOptions(granularity=step.granularity, damping=step.damping, order=step.order)
+    return error_deviations(inputs, feedback)
+
+
 def _outlook(step: Any, weight: Tensor, deviations: Tensor, sensitivity: Tensor) -> Any:
-    """What one module costs: its rate at every step, or its loss at every number of bits."""
+    """What one module costs: its rate at every step, or its loss and size at every number of bits."""
     if isinstance(step, EntropyQuantize):
         return asdict(rate_curve(weight, deviations, step.options(), sensitivity=sensitivity))
     assert isinstance(step, Quantize)
-    return predicted_losses(
+    grid, symmetric = step.granularity, step.symmetric
+    losses = predicted_losses(
         weight,
         deviations,
         CHOICES,
-        granularity=step.granularity,
-        symmetric=step.symmetric,
+        granularity=grid,
+        symmetric=symmetric,
         clip=step.clip,
         sensitivity=sensitivity,
     )
+    sizes = []
+    for bits in CHOICES:
+        scale = choose_scale_dtype(weight, bits, grid, symmetric).itemsize
+        rows, columns = weight.shape
+        leaf = Leaf(rows, columns, bits=bits, granularity=grid, symmetric=symmetric, scale_bytes=scale)
+        sizes.append(8 * leaf.bytes(itemsize=2))
+    return losses, sizes
 
 
 def _given_out(plan: Plan, index: int, told: Mapping[str, Any]) -> dict[str, Any]:
     step, names = plan.recipe.steps[index], plan.budgets[index]
     place = f"recipe {plan.recipe.name}: step {index + 1} ({step.kind})"
     if isinstance(step, EntropyQuantize):
-        curves = [RateCurve(**told[name]) for name in names]
-        if step.bits - SLACK < _least(curves):
+        least = _least([RateCurve(**told[name]) for name in names]) + SLACK
+        if step.bits < least:
             raise RequestError(
                 f"{place}: {step.bits} bits a weight cannot be met; scales and tables alone take "
-                f"{_least(curves):.3f}, which is the least"
+                f"{_upwards(least)}, which is the least"
             )
         return {"curves": {name: told[name] for name in names}}
-    shapes = [plan.modules[name].shape for name in names]
     if isinstance(step, Svd):
         ranks = ranks_for_budget(
             [told[name] for name in names],
-            shapes,
+            [plan.modules[name].shape for name in names],
             step.ratio or 1.0,
             sensitivities=[1.0] * len(names) if step.allocation == "sensitivity" else None,
             pivoted=any(isinstance(other, Pivot) for other in plan.recipe.steps),
@@ -308,22 +333,23 @@ def _given_out(plan: Plan, index: int, told: Mapping[str, Any]) -> dict[str, Any
         )
         return {"ranks": {name: rank or 0 for name, rank in zip(names, ranks, strict=True)}}
     assert isinstance(step, Quantize)
-    leaves = [
-        [Leaf(*shape, bits=bits, granularity=step.granularity, symmetric=step.symmetric) for bits in CHOICES]
-        for shape in shapes
-    ]
-    sizes = [[8 * leaf.bytes(2) for leaf in own] for own in leaves]
-    weights = sum(rows * columns for rows, columns in shapes)
-    least, budget = sum(own[0] for own in sizes), int(step.bits * weights)
-    if least > budget:
+    losses, sizes = zip(*(told[name] for name in names), strict=True)
+    weights = sum(rows * columns for rows, columns in (plan.modules[name].shape for name in names))
+    smallest, budget = sum(own[0] for own in sizes), math.floor(step.bits * weights)
+    if smallest > budget:
         raise RequestError(
             f"{place}: {step.bits} bits a weight cannot be met: with its scales, every module at "
-            f"{CHOICES[0]} bits takes {least / weights:.3f}, which is the least"
+            f"{CHOICES[0]} bits takes {_upwards(smallest / weights)}, which is the least"
         )
-    solution = solve([told[name] for name in names], sizes, budget)
+    solution = solve(losses, sizes, budget)
     return {
         "bits": {name: CHOICES[choice] for name, choice in zip(names, solution.choices, strict=True)},
         "bits_per_weight": solution.size / weights,
         "expected_loss": solution.cost / 2,
         "exact": solution.exact,
     }
+
+
+def _upwards(bits: float) -> str:
+    """A number that meets what it tells: rounded up."""
+    return f"{math.ceil(bits * 1000) / 1000:.3f}"

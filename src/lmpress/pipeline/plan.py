@@ -46,9 +46,9 @@ class Plan:
     recipe: Recipe
     dtype: torch.dtype
     modules: dict[str, ModulePlan]
+    outer: tuple[str, ...]
     neurons: int | None
     predicted: dict[str, Any]
-    outer: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
 
     @property
@@ -72,8 +72,9 @@ class Plan:
         """The modules that share a budget of bits, by the index of the step that gives it out."""
         shared: dict[int, tuple[str, ...]] = {}
         for index, step in enumerate(self.recipe.steps):
-            if step.shares_budget:
-                shared[index] = tuple(name for name, m in self.modules.items() if index in m.steps)
+            names = (name for name, m in self.modules.items() if index in m.steps and name not in self.outer)
+            if step.shares_budget and (own := tuple(names)):
+                shared[index] = own
         return shared
 
     @property
@@ -143,16 +144,9 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
             _check_order(recipe, index, name, old, layout)
             _check_groups(step, name, old, recipe, neurons is not None, layout)
     dtype = _storage_dtype(recipe, source)
-    return Plan(
-        source.name,
-        recipe,
-        dtype,
-        modules,
-        neurons,
-        predict(recipe, source, modules, neurons, dtype),
-        trained,
-        tuple(name for name in (layout.embedding, layout.head) if name in modules),
-    )
+    predicted = predict(recipe, source, modules, neurons, dtype)
+    outer = tuple(name for name in (layout.embedding, layout.head) if name in modules)
+    return Plan(source.name, recipe, dtype, modules, outer, neurons, predicted, trained)
 
 
 def _shapes(source: ModelSource) -> dict[str, tuple[int, int]]:

@@ -56,6 +56,7 @@ class Leaf:
         granularity: of the grid.
         symmetric: no zero points.
         coded: `bits` is what all together takes a weight.
+        scale_bytes: of a scale.
     """
 
     rows: int
@@ -67,9 +68,10 @@ class Leaf:
     granularity: str = "channel"
     symmetric: bool = True
     coded: bool = False
+    scale_bytes: int = 2
 
     def bytes(self, itemsize: int) -> int:
-        """What it takes, with `itemsize` bytes a floating-point weight and 2 a scale."""
+        """What it takes, with `itemsize` bytes a floating-point weight."""
         rows, columns = self.rows, self.columns
         mask = 0
         if self.kept is not None:
@@ -85,7 +87,7 @@ class Leaf:
         bits = int(self.bits)
         zeros = 0 if self.symmetric else packed_width(scales, bits)
         beside = 2 if self.kept is not None and kind != "tensor" and not self._plain(size) else 0
-        return mask + rows * packed_width(columns, bits) + 2 * scales + zeros + beside
+        return mask + rows * packed_width(columns, bits) + self.scale_bytes * scales + zeros + beside
 
     def _plain(self, size: int | None) -> bool:
         """Whether the scales of a sparse matrix are those of its values, with no scale of one beside them."""

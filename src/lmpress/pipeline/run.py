@@ -204,7 +204,10 @@ class Run:
             module = self.plan.modules[name]
             if module.steps:
                 weight = tensors[f"{name}.weight"].float()
-                rewritten = rewrite_outer(Dense(weight), module, self.plan, tokens)
+                try:
+                    rewritten = rewrite_outer(Dense(weight), module, self.plan, tokens)
+                except ValueError as error:
+                    raise LmpressError(f"{name}: {error}") from error
                 forms[name], report[name] = rewritten.form, rewritten.report
         stored = outer_tensors(self.source, forms, tensors, self.plan.dtype)
         plan = {name: form.describe() for name, form in forms.items()}

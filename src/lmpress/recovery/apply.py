@@ -50,7 +50,7 @@ def recover_checkpoint(
     windows, record = recovery_windows(source, staged, step, calibration, seed)
     model = AutoModelForCausalLM.from_pretrained(staged, dtype=torch.float32).to(device)
     recovered = train_lora(model, modules, windows, step, seed)
-    forms = plan_of(staged)
+    forms = _staged_forms(staged)
     changed = {
         name: _changed(model.get_submodule(name), forms.get(name), update, step, dtype)
         for name, update in recovered.updates.items()
@@ -126,6 +126,18 @@ def recovery_windows(
     return windows, record | {"tokens": windows.numel(), "ids_sha256": fingerprint(windows)}
 
 
+def _staged_forms(staged: Path) -> dict[str, Form]:
+    """The forms of a checkpoint by module, as its files have them: what runs may be another form."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(staged.glob("model-*.safetensors")):
+        tensors |= load_file(shard)
+    forms = {}
+    for name, empty in plan_of(staged).items():
+        stored = stored_names(empty)
+        forms[name] = empty.with_tensors({key: tensors[f"{name}.{own}"] for key, own in stored.items()})
+    return forms
+
+
 def _changed(
     module: nn.Module, stored: Form | None, update: tuple[Tensor, Tensor], step: Recover, dtype: torch.dtype
 ) -> Form:
@@ -133,9 +145,11 @@ def _changed(
     form: Form | None = module.stored_form if isinstance(module, FormHolder) else None
     if form is None:
         form = Dense(in_storage(cast(Tensor, module.weight).detach(), dtype))
-    elif stored is not None:
+    elif stored is not None and step.keep == "merge":
         names = stored.tensors()
         form = form.with_tensors({name: t.to(names[name].dtype) for name, t in form.tensors().items()})
+    elif stored is not None:
+        form = stored
     return as_term(form, *update, dtype) if step.keep == "term" else merged(form, *update)
 
 

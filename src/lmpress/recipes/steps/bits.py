@@ -79,8 +79,12 @@ class Quantize(LeafStep):
         if self.allocation == "mixed" and self.hybrid:
             raise ValueError("allocation: mixed takes granularity tensor, channel or group:N")
         if self.allocation == "mixed" and self.targets == "embeddings":
-            raise ValueError("allocation: mixed is for the linears of the blocks")
+            raise ValueError("allocation: mixed works on the linears of the blocks, not on embeddings")
         return self
+
+    @property
+    def blocks_only(self) -> bool:
+        return self.allocation == "mixed"
 
     @property
     def uniform_bits(self) -> int:
