@@ -37,6 +37,9 @@ from lmpress.statistics import InputStatistics
 LARGEST_SHIFT = 0.3
 """Thresholds shift by no more than this part of a step."""
 
+ROWS = 16384
+"""Rows that are solved at once: the tables of large vocabularies would take gigabytes."""
+
 KNOTS = (*range(-11, -3), *(half / 2 for half in range(-6, 5)))
 """Where a rate curve is taken: log2 of the step over the weights' root mean square. It bends at low rates."""
 
@@ -129,7 +132,7 @@ def entropy_quantize(
         target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry, rank)
     shape = step_shape(weight.shape[0], _in_order(factor.upper.diagonal(), rank), sensitivity, options)
     row = (shape.row.float() * (step * shape.unit)).to(shape.row.dtype)
-    column = _wide_enough(target, row, shape.column, options)
+    column = wide_enough(target, row, shape.column, options)
     codes = _solve(target, factor, rank, row.float(), column.float(), options)
     form = EntropyCoded.from_codes(codes, row, column, options.chunk_size)
     report: dict[str, Any] = {
@@ -141,64 +144,6 @@ def entropy_quantize(
         "output_error": relative_loss(target, codes * row.float() * column.float(), hessian),
     }
     return Rewritten(form, report)
-
-
-def entropy_round(
-    weight: Tensor, bits: float, options: EntropyOptions, *, sensitivity: float | Tensor = 1.0
-) -> Rewritten:
-    """Round `weight` (out, in) to a grid whose codes take `bits` a weight once they are coded.
-
-    For tables that are looked up, whose inputs have no Hessian: one step for all entries is the best trade of
-    squared error for bits, and short rows take fewer of them.
-
-    Args:
-        bits: all that is stored, over the number of weights; the result is at most this, and near to it.
-        sensitivity: one number, or one a row (out,): how much an error there counts.
-
-    Returns:
-        An `EntropyCoded` form; the report has `bits_per_weight`, `code_bytes`, `zeros`, and `weight_error` =
-        ||W - W'|| / ||W||.
-
-    Raises:
-        ValueError: a weight that is not finite, or bits that cannot be met, with the least that can.
-    """
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
-    rows, columns = weight.shape
-    flat = torch.ones(columns, device=weight.device)
-    shape = step_shape(rows, flat, sensitivity, options)
-    target = weight.float()
-    by_row, by_column = _deviations(target)
-    last: dict[float, tuple[EntropyCoded, Tensor]] = {}
-
-    def coded(step: float) -> tuple[EntropyCoded, Tensor]:
-        row = (shape.row.float() * (step * shape.unit)).to(shape.row.dtype)
-        column = _wide_enough(target, row, shape.column, options)
-        size = row.float() * column.float()
-        codes = _round(target / size, by_row[:, None] * by_column / size, options.dead_zone)
-        if options.largest_code is not None:
-            codes.clamp_(-options.largest_code, options.largest_code)
-        last.clear()
-        last[step] = EntropyCoded.from_codes(codes, row, column, options.chunk_size), codes
-        return last[step]
-
-    curve = rate_curve(target, flat, options, sensitivity=sensitivity, sample_rows=1024)
-    start = solve_step([curve], bits)
-    step, _ = refine_step(
-        lambda step: coded(step)[0].bits_per_weight, start, bits, tolerance=0.005 * max(1.0, bits)
-    )
-    form, codes = last[step] if step in last else coded(step)
-    norm = float(target.double().norm())
-    error = float((target - form.dense()).double().norm())
-    return Rewritten(
-        form,
-        {
-            "bits_per_weight": form.bits_per_weight,
-            "code_bytes": form.itemsize,
-            "zeros": float((codes == 0).float().mean()) if codes.numel() else 0.0,
-            "weight_error": error / norm if norm else 0.0,
-        },
-    )
 
 
 def step_shape(
@@ -250,7 +195,7 @@ def _in_order(values: Tensor, rank: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(0, rank, values)
 
 
-def _wide_enough(target: Tensor, row: Tensor, column: Tensor, options: EntropyOptions) -> Tensor:
+def wide_enough(target: Tensor, row: Tensor, column: Tensor, options: EntropyOptions) -> Tensor:
     """The column steps, wider where a code would be larger than it may be."""
     if options.largest_code is None or not target.numel():
         return column
@@ -258,7 +203,7 @@ def _wide_enough(target: Tensor, row: Tensor, column: Tensor, options: EntropyOp
     return torch.maximum(column.float(), needed).half()
 
 
-def _deviations(weight: Tensor) -> tuple[Tensor, Tensor]:
+def deviations(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Standard deviations that factor by row and column: (out,) and (in,), with a product near |w_ij|."""
     tiny = torch.finfo(torch.float32).tiny
     column = weight.square().mean(0).sqrt().clamp_min(tiny)
@@ -266,7 +211,7 @@ def _deviations(weight: Tensor) -> tuple[Tensor, Tensor]:
     return row, (weight / row[:, None]).square().mean(0).sqrt().clamp_min(tiny)
 
 
-def _round(values: Tensor, deviation: Tensor, dead_zone: float) -> Tensor:
+def round_with_dead_zone(values: Tensor, deviation: Tensor, dead_zone: float) -> Tensor:
     """Whole numbers near `values` (in steps), thresholds shifted towards zero by their deviation."""
     if not dead_zone:
         return values.round()
@@ -278,15 +223,33 @@ def _solve(
     target: Tensor, factor: InverseFactor, rank: Tensor, row: Tensor, column: Tensor, options: EntropyOptions
 ) -> Tensor:
     """The codes (out, in) on the grid row * column, with error feedback in the order `rank`."""
+    by_row, by_column = deviations(target)
+    result = torch.empty_like(target)
+    for part in range(0, target.shape[0], ROWS):  # no row knows of another
+        here = slice(part, part + ROWS)
+        step = row[here, 0] if row.shape[0] > 1 else row[:, 0].expand(target[here].shape[0])
+        deviation = by_row[here] / step
+        result[here] = _solve_rows(target[here], factor, rank, step, column, deviation, by_column, options)
+    return result
+
+
+def _solve_rows(
+    target: Tensor,
+    factor: InverseFactor,
+    rank: Tensor,
+    row: Tensor,
+    column: Tensor,
+    by_row: Tensor,
+    by_column: Tensor,
+    options: EntropyOptions,
+) -> Tensor:
     columns = target.T[rank].contiguous()  # (in, out)
     codes = torch.zeros_like(columns)
-    by_row, by_column = _deviations(target)
-    by_row, by_column = by_row / row[:, 0], (by_column / column[0])[rank]
-    steps = row[:, 0] * torch.ones_like(by_row), column[0, rank]
+    steps, deviations = column[0, rank], (by_column / column[0])[rank]
 
     def snap(j: int, values: Tensor) -> Tensor:
-        step = steps[0] * steps[1][j]
-        codes[j] = _round(values / step, by_row * by_column[j], options.dead_zone)
+        step = row * steps[j]
+        codes[j] = round_with_dead_zone(values / step, by_row * deviations[j], options.dead_zone)
         if options.largest_code is not None:
             codes[j].clamp_(-options.largest_code, options.largest_code)
         return codes[j] * step
@@ -354,7 +317,7 @@ def rate_curve(
     sampled = weight[picked].float()
     row = shape.row.float() if shape.row.shape[0] == 1 else shape.row[picked].float()
     scaled = sampled / (row * shape.column.float() * shape.unit)  # in units of the step
-    by_row, by_column = _deviations(scaled)
+    by_row, by_column = deviations(scaled)
     deviation = by_row[:, None] * by_column
     middle = math.log2(max(float(scaled.square().mean().sqrt()), 1e-30))
     log_steps, bits = [], []
@@ -363,7 +326,7 @@ def rate_curve(
         size: float | Tensor = math.exp2(log_steps[-1])
         if options.largest_code is not None:
             size = (scaled.abs().amax(0) / options.largest_code).clamp_min(size)
-        codes = _round(scaled / size, deviation / size, options.dead_zone)
+        codes = round_with_dead_zone(scaled / size, deviation / size, options.dead_zone)
         bits.append(code_entropy(codes) * rows / len(picked))
     return RateCurve(weight.numel(), overhead, tuple(log_steps), tuple(bits))
 

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lmpress.errors import RequestError
+from lmpress.families import Layout
 from lmpress.forms import EntropyCoded, Form
 from lmpress.methods.entropy_quantization import (
     RateCurve,
@@ -31,8 +33,8 @@ from lmpress.methods.svd_llm import ranks_for_budget, row_weights, spectrum
 from lmpress.pipeline.activations import Activations
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import Leaf
-from lmpress.pipeline.rewriting import current_form
-from lmpress.pipeline.sensitivity import sensitivities, token_probabilities
+from lmpress.pipeline.rewriting import TableMetric, current_form
+from lmpress.pipeline.sensitivity import head_statistics, sensitivities
 from lmpress.pipeline.stream import BlockStream
 from lmpress.progress import track
 from lmpress.recipes import EntropyQuantize, LeafContext, Pivot, Quantize, Svd
@@ -55,6 +57,13 @@ TOKENS = "token_probabilities"
 """What the probabilities of the tokens are called among the sensitivities."""
 
 
+HEAD = "head_hessian"
+"""What the Hessian of the head's input is called among the sensitivities."""
+
+LOOKED_UP = "embedding_gradient"
+"""What the mean squared gradients by the components of an embedding are called among the sensitivities."""
+
+
 @dataclass(frozen=True)
 class Allocation:
     """Who gets what.
@@ -64,7 +73,8 @@ class Allocation:
         ranks: ranks by step and module, 0 where a weight stays dense.
         targets: bits a weight by step, for entropy-coded ones.
         curves: what each module takes at every step of the grid, by step of the recipe and module.
-        sensitivity: mean squared gradient by output, by module.
+        sensitivity: mean squared gradient by output, by module; and what tables need.
+        tokens: that the survey looked at.
     """
 
     bits: dict[int, dict[str, int]]
@@ -72,6 +82,7 @@ class Allocation:
     targets: dict[int, float]
     curves: dict[int, dict[str, RateCurve]]
     sensitivity: dict[str, Tensor]
+    tokens: int = 0
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], sensitivity: dict[str, Tensor], plan: Plan) -> Allocation:
@@ -93,7 +104,7 @@ class Allocation:
                 ranks[index] = {name: int(rank) for name, rank in told["ranks"].items()}
             else:
                 bits[index] = {name: int(width) for name, width in told["bits"].items()}
-        return cls(bits, ranks, targets, curves, sensitivity)
+        return cls(bits, ranks, targets, curves, sensitivity, int(entry.get("tokens", 0)))
 
     def shares(
         self, names: Iterable[str], past: Sequence[Mapping[str, Any]], tried: Mapping[str, Any] | None = None
@@ -114,6 +125,20 @@ class Allocation:
             sensitivity = self.sensitivity.get(name)
             shares[name] = LeafContext(bits=bits, grid_step=step, rank=rank, sensitivity=sensitivity)
         return shares
+
+    def table(self, name: str, layout: Layout) -> TableMetric | None:
+        """What errors in the embedding or the head cost: in both, if one table is both."""
+        if TOKENS not in self.sensitivity:
+            return None
+        head, gradient = self.sensitivity[HEAD], self.sensitivity[LOOKED_UP]
+        hessian = torch.zeros_like(head) if name == layout.embedding and not layout.tied else head.clone()
+        if name == layout.embedding and gradient.shape[0] == hessian.shape[0]:
+            hessian.diagonal().add_(gradient)
+        if not bool(hessian.any()):
+            hessian.diagonal().fill_(1.0)  # rows that are projected before the first block: all alike
+        diagonal = hessian.diagonal().clone()
+        statistics = InputStatistics(self.tokens, torch.zeros_like(diagonal), diagonal, None, hessian)
+        return TableMetric(self.sensitivity[TOKENS], statistics)
 
     def step(self, index: int, past: Sequence[Mapping[str, Any]], tried: Mapping[str, Any]) -> float:
         """The grid step at which the modules that are still to come take what is left of the budget."""
@@ -218,8 +243,7 @@ def survey_budgets(
         directory: where hidden states are spooled.
 
     Returns:
-        What the journal keeps; and the sensitivity of every linear by full name, and the probabilities of the
-        tokens as `TOKENS`.
+        What the journal keeps; and the sensitivity of every linear by full name, beside what tables need.
 
     Raises:
         RequestError: a budget that cannot be met; it tells the least that can.
@@ -227,8 +251,7 @@ def survey_budgets(
     layout, budgets = stream.layout, plan.budgets
     entrances: list[Activations] = []
     for i in track(range(layout.num_blocks), "Survey of the blocks"):
-        if budgets:
-            entrances.append(_copied(stream, directory))
+        entrances.append(_copied(stream, directory))
         stream.at_block(i)
         stream.advance(load(i))
     sensitivity: dict[str, Tensor] = {}
@@ -253,13 +276,20 @@ def survey_budgets(
                 told[index][name] = _outlook(step, weight, known[key], square.to(weight.device))
 
     if plan.weighs_tokens:
-        sensitivity[TOKENS] = token_probabilities(outer, layout, stream.windows, stream.states, stream.device)
-    if budgets:
-        sensitivities(stream, outer, entrances, load, seen, plan.recipe.seed)
+        tokens, head = head_statistics(outer, layout, stream.windows, stream.states, stream.device)
+        sensitivity |= {TOKENS: tokens, HEAD: head.require_hessian().cpu()}
+    gradients = sensitivities(stream, outer, entrances, load, seen, plan.recipe.seed)
+    if plan.weighs_tokens:
+        sensitivity[LOOKED_UP] = gradients.square().mean((0, 1)) * _multiplier(outer, layout) ** 2
     for states in entrances:
         states.close()
     shared = {str(index): _given_out(plan, index, told[index]) for index in budgets}
     return {"tokens": stream.windows.numel(), "budgets": shared}, sensitivity
+
+
+def _multiplier(outer: Any, layout: Layout) -> float:
+    """What rows of the embedding are multiplied by once they are looked up: Gemma does."""
+    return float(getattr(outer.get_submodule(layout.embedding), "scalar_embed_scale", None) or 1.0)
 
 
 def _copied(stream: BlockStream, directory: Path) -> Activations:

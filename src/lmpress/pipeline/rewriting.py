@@ -18,6 +18,7 @@ from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import ModulePlan
 from lmpress.pipeline.stream import BlockStream, Gathered, Original
 from lmpress.recipes import FormStep, LeafContext, PruneNeurons, in_storage
+from lmpress.statistics import InputStatistics
 
 
 @dataclass
@@ -250,18 +251,34 @@ def _seed(seed: int, name: str) -> int:
     return (seed * 1_000_003 + zlib.crc32(name.encode())) & 0x7FFFFFFF
 
 
-def rewrite_outer(form: Form, module: ModulePlan, plan: Plan, probability: Tensor | None = None) -> Rewritten:
+@dataclass(frozen=True)
+class TableMetric:
+    """What errors in an embedding or a head cost.
+
+    Attributes:
+        probability: of each token, (vocabulary,).
+        statistics: with the Hessian of an error in a row, (width, width).
+    """
+
+    probability: Tensor
+    statistics: InputStatistics
+
+
+def rewrite_outer(form: Form, module: ModulePlan, plan: Plan, metric: TableMetric | None = None) -> Rewritten:
     """Apply the plan to an embedding or a head.
 
     Args:
-        probability: of each token, (vocabulary,); None where no step asks for it.
+        metric: what errors in it cost; None where no step asks.
     """
     before, reports = form, []
     for index in module.steps:
         step = plan.recipe.steps[index]
         assert isinstance(step, FormStep)
-        context = LeafContext(module.granularity.get(index), sensitivity=probability)
-        rewritten = step.rewrite(form, None, context)
+        known = metric if step.weighs_tokens else None
+        context = LeafContext(
+            module.granularity.get(index), sensitivity=None if known is None else known.probability
+        )
+        rewritten = step.rewrite(form, None if known is None else known.statistics, context)
         form = rewritten.form
         reports.append({"step": step.kind} | rewritten.report)
     form = store(form, plan.dtype)

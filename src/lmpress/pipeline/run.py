@@ -15,7 +15,7 @@ from torch import nn
 from lmpress.checkpoint import MANIFEST, read_header, read_json, sha256_file, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
-from lmpress.pipeline.allocation import TOKENS, Allocation, survey_budgets
+from lmpress.pipeline.allocation import Allocation, survey_budgets
 from lmpress.pipeline.assemble import assemble, discard, publish, remove_stale, written_files
 from lmpress.pipeline.blocks import (
     Descriptions,
@@ -199,13 +199,13 @@ class Run:
         tensors = self.source.read(self.source.outer_names)
         forms: dict[str, Form] = {}
         report: dict[str, Any] = {}
-        tokens = None if allocation is None else allocation.sensitivity.get(TOKENS)
         for name in self.plan.outer:
             module = self.plan.modules[name]
             if module.steps:
                 weight = tensors[f"{name}.weight"].float()
                 try:
-                    rewritten = rewrite_outer(Dense(weight), module, self.plan, tokens)
+                    metric = None if allocation is None else allocation.table(name, self.source.layout)
+                    rewritten = rewrite_outer(Dense(weight), module, self.plan, metric)
                 except ValueError as error:
                     raise LmpressError(f"{name}: {error}") from error
                 forms[name], report[name] = rewritten.form, rewritten.report

@@ -52,16 +52,28 @@ def entrance_gradient(
     return gradients
 
 
-def token_probabilities(
+def head_statistics(
     outer: Any, layout: Layout, windows: Tensor, states: Activations, device: torch.device
-) -> Tensor:
-    """How probable the model finds each token of its vocabulary, on average; the arguments as above.
-
-    Counts of so little text would be zero for most tokens; the model has seen more.
+) -> tuple[Tensor, InputStatistics]:
+    """What the head sees, and what it says; the arguments as above.
 
     Returns:
-        float32 (vocabulary,), of sum 1.
+        how probable the model finds each token on average, float32 (vocabulary,), of sum 1 (counts of so
+        little text would be zero for most tokens); and the statistics of the head's input.
     """
+    head = outer.get_submodule(layout.head)
+    inputs = StatisticsAccumulator(int(head.in_features), True, device)
+    handle = head.register_forward_pre_hook(_gather(inputs))
+    try:
+        total = _mean_probabilities(outer, layout, windows, states, device)
+    finally:
+        handle.remove()
+    return total, inputs.result()
+
+
+def _mean_probabilities(
+    outer: Any, layout: Layout, windows: Tensor, states: Activations, device: torch.device
+) -> Tensor:
     total: Tensor | None = None
     for i in range(windows.shape[0]):
         last = states[slice(i, i + 1)].to(device)
@@ -146,7 +158,7 @@ def sensitivities(
     load: Callable[[int], nn.Module],
     seen: Callable[[int, nn.Module, Mapping[str, Tensor], Mapping[str, InputStatistics]], None],
     seed: int,
-) -> None:
+) -> Tensor:
     """Go back through all blocks, the last one first.
 
     Args:
@@ -155,6 +167,9 @@ def sensitivities(
         load: gives the real dense block of an index.
         seen: is called with each block's index, the block, its linears' mean squared gradients, and the
             statistics of their inputs, Hessians and all.
+
+    Returns:
+        the gradients by the hidden states in front of the first block, (samples, seq_len, width).
     """
     layout = stream.layout
     gradients = entrance_gradient(outer, layout, stream.windows, stream.states, seed, stream.device)
@@ -171,3 +186,4 @@ def sensitivities(
         squares = squared_gradients(stream, block, layout.linears, entrances[i], gradients, inputs)
         results = {name: accumulator.result() for name, accumulator in inputs.items()}
         seen(i, block, squares, {linear: results[n] for n, s in firsts.items() for linear in s.linears})
+    return gradients

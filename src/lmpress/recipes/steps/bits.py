@@ -8,7 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from lmpress.forms import Dense, Form, NofM, Sparse
-from lmpress.methods.entropy_quantization import EntropyOptions, entropy_quantize, entropy_round
+from lmpress.methods.entropy_quantization import EntropyOptions, entropy_quantize
+from lmpress.methods.entropy_table import entropy_round
 from lmpress.methods.gptq import GptqOptions, gptq
 from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import RoundOptions, parse_granularity, round_to_nearest
@@ -34,9 +35,8 @@ class Quantize(LeafStep):
         granularity: `tensor`, `channel`, `group:N`, or a hybrid of tensor and channel by out-dimension
             (`percentile`, `meanstd`) or by module name (`name`).
         solver: `round` to the nearest grid point, or `gptq` (arXiv 2210.17323): column by column, what is not
-            yet rounded makes up for what is, in the metric of the calibration text. Embeddings have no
-            such metric and are rounded. What is sparse takes `gptq`: its survivors alone are
-            quantized, and the pattern stays.
+            yet rounded makes up for what is, in the metric of the calibration text. What is sparse takes
+            `gptq`: its survivors alone are quantized, and the pattern stays.
         clip: shrink each range to the least squared error.
         damping: of gptq: added to the Hessian's diagonal, relative to its mean.
         order: of gptq's columns: `group-aware` (largest inputs first, with contiguous groups), `activation`
@@ -102,6 +102,10 @@ class Quantize(LeafStep):
     @property
     def needs_hessian(self) -> bool:
         return (self.solver == "gptq" or self.shares_budget) and self.targets != "embeddings"
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.solver == "gptq"
 
     @property
     def needs_original(self) -> bool:
@@ -217,12 +221,13 @@ class EntropyQuantize(LeafStep):
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         if not isinstance(leaf, Dense):
             raise ValueError(f"entropy_quantize takes dense weights, and this one is {leaf.formula}")
-        if statistics is None:
+        if context.grid_step is None:  # a table of its own
+            rows = self._rows(context.sensitivity)
             return entropy_round(
-                leaf.weight.float(), self.bits, self.options(), sensitivity=self._rows(context.sensitivity)
+                leaf.weight.float(), self.bits, self.options(), sensitivity=rows, statistics=statistics
             )
-        if context.grid_step is None:
-            raise ValueError("entropy_quantize needs the step that all modules have in common")
+        if statistics is None:
+            raise ValueError("entropy_quantize needs the Hessian of the input")
         return entropy_quantize(
             leaf.weight.float(),
             statistics,
