@@ -93,6 +93,44 @@ def test_two_recipes_of_one_name(tiny: Callable[[str], Path], tmp_path: Path) ->
         lmpress.compare(tiny("llama"), ["int8", "int8"], tmp_path)
 
 
+def test_recipes_share_a_survey(
+    tiny: Callable[[str], Path],
+    text_file: Path,
+    other_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lmpress.pipeline import run
+
+    survey, surveyed = run.survey_budgets, []
+
+    def counted(*args: Any) -> Any:
+        surveyed.append(args[0].recipe.name)
+        return survey(*args)
+
+    monkeypatch.setattr(run, "survey_budgets", counted)
+    size = {"samples": 4, "seq_len": 64}
+    recipes = [
+        {"name": f"ec{bits}", "calibration": size, "steps": [{"entropy_quantize": {"bits": bits}}]}
+        for bits in (5.0, 7.0)
+    ]
+    other = {"name": "damped", "calibration": size}
+    other |= {"steps": [{"entropy_quantize": {"bits": 7.0, "damping": 0.2}}]}
+    lmpress.compare(
+        tiny("llama"),
+        [*recipes, other],
+        tmp_path / "out",
+        calibration=str(text_file),
+        text=str(other_text),
+        window=64,
+        max_tokens=512,
+    )
+    assert surveyed == ["ec5.0", "damped"]
+    lmpress.compress(tiny("llama"), recipes[1], tmp_path / "alone", calibration=str(text_file))
+    for path in (tmp_path / "alone").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / "ec7.0" / path.name).read_bytes()
+
+
 def test_the_model_writes_its_calibration_text_once(
     tiny: Callable[[str], Path], other_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

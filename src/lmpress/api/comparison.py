@@ -24,6 +24,10 @@ TIMES = "runs.json"
 """Beside the checkpoints: seconds and peak memory of each compression, for a resumed comparison."""
 
 
+SURVEYS = "surveys"
+"""Beside the checkpoints: what recipes of one model and text need to see only once."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One recipe in a comparison.
@@ -133,7 +137,9 @@ def compare(
     times = dict(read_json(target / TIMES)) if (target / TIMES).is_file() else {}
     for recipe in loaded:
         lenders = tuple(target / name for name in names)
-        options = RunOptions(calibration, device_of(device), memory, resume=True, lenders=lenders)
+        options = RunOptions(
+            calibration, device_of(device), memory, resume=True, lenders=lenders, surveys=target / SURVEYS
+        )
         done = compress_with(model, recipe, target / recipe.name, options)
         if recipe.name not in times:
             times[recipe.name] = {"seconds": done.seconds, "peak_resident_set": done.peak_resident_set}

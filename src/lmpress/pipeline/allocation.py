@@ -7,6 +7,8 @@ every block by what the coder has really made of the blocks before, and the whol
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +41,7 @@ from lmpress.pipeline.stream import BlockStream
 from lmpress.progress import track
 from lmpress.recipes import EntropyQuantize, LeafContext, Pivot, Quantize, Svd
 from lmpress.statistics import InputStatistics
+from lmpress.version import __version__
 
 CHOICES = (2, 3, 4, 5, 6, 7, 8)
 """Bits that a module may get."""
@@ -100,6 +103,7 @@ class Allocation:
                     name: RateCurve(c["weights"], c["overhead"], tuple(c["log_steps"]), tuple(c["bits"]))
                     for name, c in told["curves"].items()
                 }
+                _check_rate(plan, index, step.bits, list(curves[index].values()))
             elif isinstance(step, Svd):
                 ranks[index] = {name: int(rank) for name, rank in told["ranks"].items()}
             else:
@@ -205,6 +209,20 @@ def _surplus(rates: Sequence[Mapping[str, Any]], trust: int = TRUST) -> float:
     return float(more / (weights * (1 + trust / len(rates) ** 2))) if weights else 0.0
 
 
+def _check_rate(plan: Plan, index: int, bits: float, curves: Sequence[RateCurve]) -> None:
+    """RequestError where entropy-coded modules cannot do with so few bits."""
+    least = _least(curves) + SLACK
+    if bits < least:
+        raise RequestError(
+            f"{_place(plan, index)}: {bits} bits a weight cannot be met; scales and tables alone take "
+            f"{_upwards(least)}, which is the least"
+        )
+
+
+def _place(plan: Plan, index: int) -> str:
+    return f"recipe {plan.recipe.name}: step {index + 1} ({plan.recipe.steps[index].kind})"
+
+
 def _least(curves: Sequence[RateCurve]) -> float:
     """A little more than the least bits a weight that the curves can do with."""
     last = max(curve.log_steps[-1] for curve in curves)
@@ -225,6 +243,30 @@ def _coded(form: Form) -> tuple[int, int]:
 
     form.rewrite(visit)
     return bits, weights
+
+
+def survey_key(plan: Plan, model: str, text: str) -> str | None:
+    """What a survey depends on, hashed, if other recipes can share it: curves of rates hold at every target.
+
+    Args:
+        model: the fingerprint of the source.
+        text: of the calibration windows.
+    """
+    steps = {index: plan.recipe.steps[index] for index in plan.budgets}
+    if not all(isinstance(step, EntropyQuantize) for step in steps.values()):
+        return None
+    told = {
+        "budgets": {
+            i: [step.model_dump(mode="json") | {"bits": None}, plan.budgets[i]] for i, step in steps.items()
+        },
+        "tables": plan.weighs_tokens,
+        "seed": plan.recipe.seed,
+        "dtype": str(plan.dtype),
+        "model": model,
+        "text": text,
+        "version": __version__,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def survey_budgets(
@@ -343,14 +385,9 @@ def _outlook(step: Any, weight: Tensor, deviations: Tensor, sensitivity: Tensor)
 
 def _given_out(plan: Plan, index: int, told: Mapping[str, Any]) -> dict[str, Any]:
     step, names = plan.recipe.steps[index], plan.budgets[index]
-    place = f"recipe {plan.recipe.name}: step {index + 1} ({step.kind})"
+    place = _place(plan, index)
     if isinstance(step, EntropyQuantize):
-        least = _least([RateCurve(**told[name]) for name in names]) + SLACK
-        if step.bits < least:
-            raise RequestError(
-                f"{place}: {step.bits} bits a weight cannot be met; scales and tables alone take "
-                f"{_upwards(least)}, which is the least"
-            )
+        _check_rate(plan, index, step.bits, [RateCurve(**told[name]) for name in names])
         return {"curves": {name: told[name] for name in names}}
     if isinstance(step, Svd):
         ranks = ranks_for_budget(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lmpress.checkpoint import MANIFEST, read_header, read_json, sha256_file, write_tensors
+from lmpress.checkpoint import MANIFEST, read_header, read_json, sha256_file, write_json, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
-from lmpress.pipeline.allocation import Allocation, survey_budgets
+from lmpress.pipeline.allocation import Allocation, survey_budgets, survey_key
 from lmpress.pipeline.assemble import assemble, discard, publish, remove_stale, written_files
 from lmpress.pipeline.blocks import (
     Descriptions,
@@ -62,6 +63,7 @@ class RunOptions:
         resume: go on where an interrupted run stopped.
         force: overwrite an earlier checkpoint.
         lenders: checkpoints of the same model that may lend the text that `self` would write again.
+        surveys: where surveys that several recipes can share are kept; None to keep none.
     """
 
     calibration: str = "self"
@@ -70,6 +72,7 @@ class RunOptions:
     resume: bool = False
     force: bool = False
     lenders: tuple[Path, ...] = ()
+    surveys: Path | None = None
 
 
 @dataclass
@@ -237,19 +240,36 @@ class Run:
         entry = self.journal.find("allocation")
         if entry is None or not path.is_file():
             assert text is not None
-            part = survey_samples(text.windows.shape[0])
-            windows = CalibrationText(text.windows[:part], text.record)
-            outer = dense_outer(self.source, self.device)
-            try:
-                survey, sensitivity = survey_budgets(
-                    self.plan, self._stream(windows, outer), outer, self._dense, self.work
-                )
-            except ValueError as error:
-                raise LmpressError(f"the survey of the blocks: {error}") from error
-            write_tensors(path, sensitivity)
+            survey = self._surveyed(text, path)
             entry = {"allocation": survey}
             self.journal.append(entry)
         return Allocation.from_entry(entry["allocation"], load_file(path), self.plan)
+
+    def _surveyed(self, text: CalibrationText, path: Path) -> dict[str, Any]:
+        """The survey of the budgets; its tensors go to `path`. One of equal inputs may have been kept."""
+        kept = None
+        key = survey_key(self.plan, self.source.fingerprint, str(text.record.get("ids_sha256")))
+        if self.options.surveys is not None and key is not None:
+            kept = self.options.surveys / f"{key}.json"
+            tensors = kept.with_suffix(".safetensors")
+            if kept.is_file() and tensors.is_file():
+                shutil.copyfile(tensors, path)
+                return dict(read_json(kept))
+        part = survey_samples(text.windows.shape[0])
+        windows = CalibrationText(text.windows[:part], text.record)
+        outer = dense_outer(self.source, self.device)
+        try:
+            survey, sensitivity = survey_budgets(
+                self.plan, self._stream(windows, outer), outer, self._dense, self.work
+            )
+        except ValueError as error:
+            raise LmpressError(f"the survey of the blocks: {error}") from error
+        write_tensors(path, sensitivity)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, kept.with_suffix(".safetensors"))
+            write_json(kept, survey)
+        return survey
 
     def _outer_model(self) -> Any:
         entry = self.journal.find("outer")
