@@ -43,3 +43,20 @@ def _mean_activations(model: Any, windows: torch.Tensor) -> list[float]:
     with torch.no_grad():
         model(windows)
     return means
+
+
+@pytest.mark.parametrize(("samples", "told"), [(2, True), (8, False)])
+def test_too_few_tokens_for_a_hessian_are_told(
+    tiny: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    samples: int,
+    told: bool,
+) -> None:
+    """2 x 32 tokens are fewer than the 96 inputs of the down projection, 8 x 32 are not."""
+    size = {"samples": samples, "seq_len": 32}
+    recipe = {"name": "few", "calibration": size, "steps": [{"quantize": {"bits": 4, "solver": "gptq"}}]}
+    lmpress.compress(tiny("llama"), recipe, tmp_path / "out", calibration=str(text_file))
+    message = " ".join(capsys.readouterr().err.split())
+    assert ("Calibration has 64 tokens, and some Hessians have 96 inputs" in message) is told

@@ -190,9 +190,25 @@ class Run:
             text = borrowed_text(self.options.lenders, self.source, *size)
         if text is None:
             text = calibration_text(self.options.calibration, self.source, *size, self.options.device)
+        self._warn_of_few(text.windows.numel())
         write_tensors(path, {"input_ids": small_ids(text.windows)})
         self.journal.append({"calibration": text.record})
         return text
+
+    def _warn_of_few(self, tokens: int) -> None:
+        """Tell of Hessians that so few tokens leave singular: damping decides what they do not span."""
+        steps = self.recipe.steps
+        wide = [
+            module.shape[1]
+            for name, module in self.plan.modules.items()
+            if name not in self.plan.outer and any(steps[i].needs_hessian for i in module.steps)
+        ]
+        if wide and tokens < max(wide):
+            note(
+                f"Calibration has {tokens} tokens, and some Hessians have {max(wide)} inputs: with fewer "
+                "tokens than inputs they are singular, and unseen text will fare worse; raise samples or "
+                "seq_len"
+            )
 
     def _outer(self, allocation: Allocation | None) -> dict[str, Any]:
         """Embeddings, last norm and head: rewritten and stored first, for the stream begins with them."""
