@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lmpress.checkpoint import MANIFEST, read_header, read_json, sha256_file, write_json, write_tensors
+from lmpress.checkpoint import read_header, read_json, sha256_file, write_json, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
 from lmpress.pipeline.allocation import Allocation, survey_budgets, survey_key
-from lmpress.pipeline.assemble import assemble, discard, publish, remove_stale, written_files
+from lmpress.pipeline.assemble import assemble, discard
 from lmpress.pipeline.blocks import (
     Descriptions,
     block_tensors,
@@ -35,6 +35,13 @@ from lmpress.pipeline.calibration import (
     small_ids,
 )
 from lmpress.pipeline.journal import WORK, Journal
+from lmpress.pipeline.output import (
+    check_empty,
+    check_foreign,
+    check_output,
+    finish_publication,
+    finished_fingerprint,
+)
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.rewriting import rewrite_block, rewrite_early, rewrite_outer
 from lmpress.pipeline.source import ModelSource
@@ -114,14 +121,14 @@ class Run:
         Raises:
             RequestError: the directory is in use, and neither resume nor force was asked for.
         """
-        check_output(self.output, self.source, self.options)
+        check_output(self.output, self.source, self.options.resume or self.options.force)
         if self.options.force:
             finish_publication(self.output)  # what is half in place is made whole before it is replaced
             check_foreign(self.output)
         fingerprint = self.fingerprint
         if self.options.resume:
             found = self.journal.open()
-            finished = _finished_fingerprint(self.output)
+            finished = finished_fingerprint(self.output)
             if found == fingerprint:
                 done, blocks = len(self.journal.blocks()), self.source.layout.num_blocks
                 note(f"Resuming: {done} of {blocks} blocks are done")
@@ -412,54 +419,3 @@ def sizes(source: ModelSource, directory: Path, plan: Descriptions) -> dict[str,
         "linear_bpw": round(8 * sum(stored.values()) / max(1, weights), 6),
         "linear_weights": weights,
     }
-
-
-def check_output(output: Path, source: ModelSource, options: RunOptions) -> None:
-    """RequestError where writing to `output` would harm what is there."""
-    if output.exists() and not output.is_dir():
-        raise RequestError(f"{output} is a file; name a directory")
-    place = output.resolve()
-    if any(place in (path.resolve().parent, path.parent.resolve()) for path in source.files):
-        raise RequestError(f"{output} holds the model that is to be compressed; name another directory")
-    if options.resume or options.force:
-        return
-    if (output / WORK).exists():
-        raise RequestError(
-            f"{output} holds an unfinished run: go on with --resume, or start anew with --force"
-        )
-    check_empty(output)
-
-
-def check_empty(output: Path) -> None:
-    """RequestError where `output` holds anything but what an unfinished run left."""
-    if output.is_dir() and any(path.name != WORK for path in output.iterdir()):
-        raise RequestError(f"{output} is not empty: name another directory, or overwrite it with --force")
-
-
-def finish_publication(output: Path) -> bool:
-    """Complete a publication that was cut short, if there is one. Whether there was."""
-    journal = Journal(output / WORK)
-    marker = journal.find("publishing") if journal.open() is not None else None
-    if marker is None:
-        return False
-    publish(output / WORK / str(marker["publishing"]), output)
-    remove_stale(output, marker["stale"])
-    discard(output / WORK)
-    return True
-
-
-def check_foreign(output: Path) -> None:
-    """RequestError where `output` holds weights that lmpress did not write: they are not overwritten."""
-    foreign = sorted({path.name for path in output.glob("*.safetensors")} - written_files(output))
-    if foreign:
-        raise RequestError(
-            f"{output} holds weights that lmpress did not write ({foreign[0]}): name another directory"
-        )
-
-
-def _finished_fingerprint(output: Path) -> str | None:
-    path = output / MANIFEST
-    if not path.is_file() or not (output / "config.json").is_file():
-        return None
-    manifest = read_json(path)
-    return manifest.get("fingerprint") if isinstance(manifest, dict) else None
