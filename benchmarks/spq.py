@@ -4,9 +4,9 @@
 
 Prints one table and its protocol. `svd` and `prune` alone keep 16-bit linears and get 8-bit embeddings (in 16
 bits, these alone would take the budget of the smallest models); their ratios are set so that the whole
-directory weighs what the one of `spq` does. `spq-paper` runs without its LoRA. Compressing takes a
-quarter of an hour on two cores, and measuring the whole of WikiText-2's test text 70 minutes in float32, a third
-of that in bfloat16 where the processor multiplies it.
+directory weighs what the one of `spq` does. `spq-paper` runs without its LoRA. Compressing takes a quarter of
+an hour on two cores; measuring the whole of WikiText-2's test text takes 70 minutes in float32, and less
+in bfloat16 on a processor that multiplies it.
 """
 
 from __future__ import annotations

@@ -355,3 +355,21 @@ def test_attach() -> None:
     x = activations(3, 64)
     with torch.no_grad():
         torch.testing.assert_close(model[1](x), x @ form.dense().T + bias, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("offset", [1, 8, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 64), (61, 576)])
+def test_codes_may_begin_at_any_address(shape: tuple[int, int], dtype: torch.dtype, offset: int) -> None:
+    """As they do in a mapped file; torch's own product of bfloat16 with int8 codes would crash."""
+    size = shape[0] * shape[1]
+    codes = torch.empty(size + 64, dtype=torch.int8)[offset : offset + size].view(shape)
+    codes.copy_(torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0)))
+    scale = torch.full((shape[0], 1), 0.01)
+    form = Quantized.from_codes(codes, scale, None, 8)
+    assert form.packed.data_ptr() == codes.data_ptr()
+    for tokens in (1, 8, 40):
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+        for stored in (form, ScaledCodes(codes, scale, torch.ones(1, shape[1]))):
+            expected = x.double() @ stored.dense(torch.float64).T
+            assert torch.allclose(run(stored, x).double(), expected, rtol=0.02, atol=0.1)

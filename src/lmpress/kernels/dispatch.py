@@ -31,16 +31,16 @@ TABLE: dict[tuple[str, str, torch.dtype], Leaf] = {
     ("cpu", "dense", torch.float16): floating.run_dense,
     # one scale a row, or one in all
     ("cpu", "row scales", torch.float32): integer.run,
-    ("cpu", "row scales", torch.bfloat16): floating.run_bfloat16,
-    ("cpu", "row scales", torch.float16): floating.run_wide,
+    ("cpu", "row scales", torch.bfloat16): integer.run_bfloat16,
+    ("cpu", "row scales", torch.float16): integer.run_wide,
     # a scale a group of columns
     ("cpu", "group scales", torch.float32): floating.run_quantized,
     ("cpu", "group scales", torch.bfloat16): floating.run_bfloat16_groups,
     ("cpu", "group scales", torch.float16): floating.run_wide,
     # whole codes between a scale a row and a scale a column
     ("cpu", "scaled codes", torch.float32): integer.run_scaled,
-    ("cpu", "scaled codes", torch.bfloat16): floating.run_bfloat16_scaled,
-    ("cpu", "scaled codes", torch.float16): floating.run_wide_scaled,
+    ("cpu", "scaled codes", torch.bfloat16): integer.run_bfloat16_scaled,
+    ("cpu", "scaled codes", torch.float16): integer.run_wide_scaled,
 }
 
 

@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Dense, Quantized, ScaledCodes
-from lmpress.kernels.codes import centered_codes, values
+from lmpress.kernels.codes import values
 from lmpress.kernels.scratch import fitting, scratch
-
-FEW = 16
-"""Up to so many activations, torch's product of bfloat16 activations with int8 codes wins: it reads each
-code once, but makes little of a code that it has read."""
 
 
 def run_quantized(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
@@ -54,46 +50,6 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return scratch("values", (weight.shape[0], weight.shape[1]), dtype).copy_(weight)
 
 
-def run_bfloat16(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
-    """As `run_quantized`, for bfloat16 activations and one scale a row or a tensor.
-
-    A few activations go through torch's int8 product. It takes blocks of columns with no care for a
-    remainder (it reads past the end where in is no multiple of 16), and codes that fit into int8.
-    """
-    (rows, columns), zero = form.shape, form.zero()
-    if not _packs(x) or (zero is not None and form.bits == 8):
-        return run_quantized(form, x)
-    scale = form.scale[:, 0].to(x.dtype).expand(rows).contiguous()
-    x = x.contiguous()
-    step = rows if form.packed.dtype == torch.int8 else fitting(columns, rows)
-    parts = [
-        torch._weight_int8pack_mm(
-            x,
-            centered_codes(form, zero, start, min(start + step, rows)).contiguous(),
-            scale[start : start + step],
-        )
-        for start in range(0, rows, step)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def run_bfloat16_scaled(form: ScaledCodes, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
-    """As `run_scaled`, for bfloat16 activations: a few of them through torch's int8 product."""
-    if not _packs(x) or form.codes.dtype != torch.int8:
-        return run_scaled(form, x)
-    scaled = x * form.column_scale.float()  # (m, in)
-    row_scale = form.row_scale[:, 0].to(x.dtype).expand(form.shape[0]).contiguous()
-    y = torch._weight_int8pack_mm(scaled.to(x.dtype), form.codes.contiguous(), row_scale)
-    if form.overflow is None:
-        return y
-    return (y + form.from_excess(scaled) * form.row_scale[:, 0].float()).to(x.dtype)
-
-
-def _packs(x: Tensor) -> bool:
-    """Whether bfloat16 activations (m, in) go through torch's product with int8 codes."""
-    return x.shape[0] <= FEW and x.shape[1] % 32 == 0
-
-
 def run_bfloat16_groups(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
     """As `run_quantized`, for bfloat16 activations: one or two of them are cheaper to widen than the weights
     are to round."""
@@ -103,8 +59,3 @@ def run_bfloat16_groups(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m,
 def run_wide(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
     """Through float32, for a dtype that the CPU computes slowly in."""
     return run_quantized(form, x.float()).to(x.dtype)
-
-
-def run_wide_scaled(form: ScaledCodes, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
-    """As `run_wide`, for codes between two scales."""
-    return run_scaled(form, x.float()).to(x.dtype)

@@ -45,6 +45,9 @@ Codes = Tensor | Callable[[int, int], Tensor]
 Extra = Callable[[Tensor], Tensor]
 """What is to be added to the products of a part of the activations: (m, in) -> (m, out)."""
 
+FEW = 16
+"""Up to so many bfloat16 activations are widened: exact products, and codes that are read as they are."""
+
 _CARRY = torch.tensor(0x00808080, dtype=torch.int32)
 _TINY = torch.tensor(1e-37)  # a normal float32: the unit of a row of zeros
 _POWERS = torch.tensor([[1.0, 2.0**8, 2.0**16, 2.0**24]])  # (1, 4)
@@ -77,6 +80,30 @@ def run_scaled(form: ScaledCodes, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
         return floating.run_scaled(form, x)
     extra = None if form.overflow is None else form.from_excess
     return _run(x * form.column_scale.to(x.dtype), form.codes, rows, form.row_scale, extra)
+
+
+def run_bfloat16(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
+    """As `run`, for bfloat16 activations: a few of them are widened, many meet rounded weights.
+
+    torch's own product of bfloat16 with int8 codes is no way: it takes for granted that the codes are aligned
+    in memory, and crashes on those of a mapped file.
+    """
+    return run_wide(form, x) if x.shape[0] <= FEW else floating.run_quantized(form, x)
+
+
+def run_bfloat16_scaled(form: ScaledCodes, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
+    """As `run_bfloat16`, for codes between two scales."""
+    return run_wide_scaled(form, x) if x.shape[0] <= FEW else floating.run_scaled(form, x)
+
+
+def run_wide(form: Quantized, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
+    """As `run`, for activations of 16 bits."""
+    return run(form, x.float()).to(x.dtype)
+
+
+def run_wide_scaled(form: ScaledCodes, x: Tensor) -> Tensor:  # (m, in) -> (m, out)
+    """As `run_scaled`, for activations of 16 bits."""
+    return run_scaled(form, x.float()).to(x.dtype)
 
 
 def _worthwhile(rows: int, columns: int, m: int) -> bool:
