@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,3 +49,29 @@ class Activations:
 
     def __setitem__(self, rows: slice, states: Tensor) -> None:
         self._data[rows] = states.to(self._data)
+
+
+class Spooled:
+    """Hidden states (samples, seq_len, width) that are written once and read in parts; none stay in memory.
+
+    Args:
+        states: to be copied, `batch` samples at a time.
+        directory: where the file is made; `close` deletes it.
+    """
+
+    def __init__(self, states: Activations, batch: int, directory: Path) -> None:
+        self.shape = states.shape
+        self._file = tempfile.NamedTemporaryFile(dir=directory, prefix="spooled-")  # noqa: SIM115
+        for start in range(0, self.shape[0], batch):
+            states[slice(start, start + batch)].numpy().tofile(self._file)
+        self._file.flush()
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        size = self.shape[1] * self.shape[2]
+        data = np.fromfile(self._file.name, np.float32, (stop - start) * size, offset=4 * start * size)
+        return torch.from_numpy(data).view(stop - start, *self.shape[1:])
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()

@@ -32,7 +32,7 @@ from lmpress.methods.knapsack import solve
 from lmpress.methods.mixed_precision import error_deviations, predicted_losses
 from lmpress.methods.rtn import choose_scale_dtype
 from lmpress.methods.svd_llm import ranks_for_budget, row_weights, spectrum
-from lmpress.pipeline.activations import Activations
+from lmpress.pipeline.activations import Spooled
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import Leaf
 from lmpress.pipeline.rewriting import TableMetric, current_form
@@ -291,9 +291,9 @@ def survey_budgets(
         RequestError: a budget that cannot be met; it tells the least that can.
     """
     layout, budgets = stream.layout, plan.budgets
-    entrances: list[Activations] = []
+    entrances: list[Spooled] = []
     for i in track(range(layout.num_blocks), "Survey of the blocks"):
-        entrances.append(_copied(stream, directory))
+        entrances.append(Spooled(stream.states, stream.batch, directory))
         stream.at_block(i)
         stream.advance(load(i))
     sensitivity: dict[str, Tensor] = {}
@@ -332,13 +332,6 @@ def survey_budgets(
 def _multiplier(outer: Any, layout: Layout) -> float:
     """What rows of the embedding are multiplied by once they are looked up: Gemma does."""
     return float(getattr(outer.get_submodule(layout.embedding), "scalar_embed_scale", None) or 1.0)
-
-
-def _copied(stream: BlockStream, directory: Path) -> Activations:
-    copy = Activations(stream.states.shape, 0, directory)
-    for rows in stream.batches():
-        copy[rows] = stream.states[rows]
-    return copy
 
 
 def _spectrum(step: Svd, weight: Tensor, inputs: InputStatistics, sensitivity: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lmpress.families import Layout
-from lmpress.pipeline.activations import Activations
+from lmpress.pipeline.activations import Activations, Spooled
 from lmpress.pipeline.stream import BlockStream, replaced_blocks
 from lmpress.progress import track
 from lmpress.statistics import InputStatistics, StatisticsAccumulator
@@ -99,7 +99,7 @@ def squared_gradients(
     stream: BlockStream,
     block: nn.Module,
     linears: Sequence[str],
-    entrance: Activations,
+    entrance: Activations | Spooled,
     gradients: Tensor,
     inputs: Mapping[str, StatisticsAccumulator] | None = None,
 ) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def _gather(accumulator: StatisticsAccumulator) -> Callable[..., None]:
 def sensitivities(
     stream: BlockStream,
     outer: Any,
-    entrances: Sequence[Activations],
+    entrances: Sequence[Activations | Spooled],
     load: Callable[[int], nn.Module],
     seen: Callable[[int, nn.Module, Mapping[str, Tensor], Mapping[str, InputStatistics]], None],
     seed: int,
