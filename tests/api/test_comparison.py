@@ -93,6 +93,11 @@ def test_two_recipes_of_one_name(tiny: Callable[[str], Path], tmp_path: Path) ->
         lmpress.compare(tiny("llama"), ["int8", "int8"], tmp_path)
 
 
+def test_a_recipe_that_is_called_like_the_surveys(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="'surveys' is taken"):
+        lmpress.compare(tiny("llama"), [INT4 | {"name": "surveys"}], tmp_path)
+
+
 def test_recipes_share_a_survey(
     tiny: Callable[[str], Path],
     text_file: Path,

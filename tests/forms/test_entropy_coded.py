@@ -28,6 +28,7 @@ from lmpress.forms import (
     Sum,
     ans,
     decode_all,
+    entropy_coded,
     form_from_description,
 )
 
@@ -368,3 +369,18 @@ def test_bad_codes_and_descriptions() -> None:
     assert isinstance(form_from_description(resident.describe()), ScaledCodes)
     with pytest.raises(ValueError, match="codes are"):
         form_from_description(resident.describe() | {"code_dtype": "int64"})
+
+
+def test_counting_and_checking_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = laplace(300, 17, 5.0)
+    codes[7, 3] = 70_000
+    whole = coded(codes)
+    monkeypatch.setattr(ans, "PART", 100)
+    monkeypatch.setattr(entropy_coded, "PART", 100)
+    parts = coded(codes)
+    assert all(torch.equal(tensor, parts.tensors()[name]) for name, tensor in whole.tensors().items())
+    for wrong in (0.5, float("nan"), 2.0**31):
+        broken = codes.double()
+        broken[250, 2] = wrong
+        with pytest.raises(ValueError, match=r"whole numbers|32 bits"):
+            coded(broken)

@@ -98,3 +98,15 @@ def test_many_rows_are_solved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(
         entropy_round(table(), 4.0, EntropyOptions(), statistics=statistics).form.dense(), whole.dense()
     )
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6])
+def test_steps_that_float16_cannot_hold_are_its_smallest(size: float) -> None:
+    sensitivity = torch.rand(700, generator=torch.Generator().manual_seed(4)) ** 4
+    tiny = table() * size
+    result = entropy_round(tiny, 8.0, EntropyOptions(), sensitivity=sensitivity)
+    form = result.form
+    assert isinstance(form, EntropyCoded)
+    assert float(form.row_scale.min()) > 0
+    assert result.report["bits_per_weight"] <= 8.0
+    assert float((tiny - form.dense()).norm()) <= 0.3 * float(tiny.norm())

@@ -227,3 +227,13 @@ def test_bytes_of_a_budget_are_foretold(
     )
     stored = result.manifest["sizes"]["weight_bytes"] - headers
     assert stored == pytest.approx(predicted["bytes"], rel=0.02)
+
+
+def test_ranks_that_the_text_gives_out_are_an_estimate(tiny: Callable[[str], Path]) -> None:
+    step = {"targets": "linears", "method": "svd_llm", "ratio": 0.6}
+    known, shared = (
+        lmpress.plan(tiny("llama"), one({"svd": step | {"allocation": kind}}))["predicted"]
+        for kind in ("uniform", "error")
+    )
+    assert known["exact"]
+    assert not shared["exact"]

@@ -39,6 +39,8 @@ Array = NDArray[Any]
 CLASSES = 16
 PRECISION = 22
 """Frequencies of a model sum to 2^22: exact in float32, and within the 24 bits of the coder."""
+PART = 1 << 22
+"""Codes that are counted at a time."""
 RAW_BITS = 48
 """What an escaped code costs, about: 32 bits and the escape symbol."""
 KNOTS = np.array([*range(8), *((4 + i % 4) << (i // 4 + 1) for i in range(37))])
@@ -108,11 +110,20 @@ def histogram(codes: Array, contexts: Contexts) -> Array:
 
     M is the largest magnitude that occurs, or `LARGEST` if that is less.
     """
-    magnitude = np.abs(codes.astype(np.int64))
-    top = min(int(magnitude.max(initial=0)), LARGEST)
-    context = contexts.rows.astype(np.int64)[:, None] + contexts.columns.astype(np.int64)[None, :]
-    index = context * (top + 2) + np.minimum(magnitude, top + 1)
-    counts = np.bincount(index.reshape(-1), minlength=contexts.count * (top + 2))
+    low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+    top = min(max(-low, high), LARGEST)
+    size = contexts.count * (top + 2)
+    by_row, by_column = (
+        classes.astype(np.int64) * (top + 2) for classes in (contexts.rows, contexts.columns)
+    )
+    counts = np.zeros(size, np.int64)
+    part = max(1, PART // max(1, codes.shape[1]))
+    for start in range(0, codes.shape[0], part):  # of a whole table, the indices would take gigabytes
+        magnitude = np.abs(codes[start : start + part].astype(np.int64))
+        index = np.minimum(magnitude, top + 1, out=magnitude)
+        index += by_row[start : start + part, None]
+        index += by_column
+        counts += np.bincount(index.reshape(-1), minlength=size)
     return counts.reshape(contexts.count, top + 2)
 
 

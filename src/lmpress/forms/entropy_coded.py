@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 CHUNK_SIZE = 1 << 16
 """Codes in a chunk: what a corruption costs, and what a look-up of a row decodes."""
 
+PART = 1 << 22
+"""Codes that are checked at a time."""
+
 SHARE = 1 << 23
 """Codes that make it worth starting another process to decode a part of them."""
 
@@ -83,12 +86,7 @@ class EntropyCoded(Form):
         Raises:
             ValueError: codes that are no whole numbers of 32 bits, scales that do not fit.
         """
-        whole = codes.to("cpu", torch.float64 if codes.is_floating_point() else torch.int64)
-        if codes.is_floating_point() and not bool((whole == whole.round()).all()):
-            raise ValueError("codes are whole numbers")
-        if whole.numel() and float(whole.abs().max()) >= 2**31:
-            raise ValueError("codes do not fit into 32 bits")
-        coded = _ans().encode(whole.to(torch.int32).numpy(), chunk_size)
+        coded = _ans().encode(_whole(codes.detach()).numpy(), chunk_size)
         parts = (coded.payload, coded.chunks, coded.model)
         payload, chunks, model = (torch.from_numpy(part.copy()).to(codes.device) for part in parts)
         scales, shape = (row_scale, column_scale), (codes.shape[0], codes.shape[1])
@@ -184,6 +182,22 @@ class EntropyCoded(Form):
     @property
     def formula(self) -> str:
         return f"ec{self.bits_per_weight:.2f}" if self.payload.numel() else "ec"
+
+
+def _whole(codes: Tensor) -> Tensor:
+    """Codes (out, in) of any dtype as int32 on the CPU, checked a part at a time: tables take gigabytes."""
+    whole = torch.empty(codes.shape, dtype=torch.int32)
+    part = max(1, PART // max(1, codes.shape[1]))
+    for start in range(0, codes.shape[0], part):
+        wide = codes[start : start + part].to(
+            "cpu", torch.float64 if codes.is_floating_point() else torch.int64
+        )
+        if codes.is_floating_point() and not bool((wide == wide.round()).all()):
+            raise ValueError("codes are whole numbers")
+        if wide.numel() and float(wide.abs().max()) >= 2**31:
+            raise ValueError("codes do not fit into 32 bits")
+        whole[start : start + part] = wide
+    return whole
 
 
 def coded_bits(codes: Tensor) -> float:

@@ -37,6 +37,9 @@ from lmpress.statistics import InputStatistics
 LARGEST_SHIFT = 0.3
 """Thresholds shift by no more than this part of a step."""
 
+LEAST_ROW = 2.0**-10
+"""The least step of a row, in smallest normal numbers of its type: the smallest there is of float16."""
+
 ROWS = 16384
 """Rows that are solved at once: the tables of large vocabularies would take gigabytes."""
 
@@ -88,6 +91,11 @@ class StepShape:
     column: Tensor
     unit: float
 
+    def rows(self, step: float) -> Tensor:
+        """`step * row_i` as it is stored; never zero, however small the weights are."""
+        rows = self.row.float() * (step * self.unit)
+        return rows.clamp_min(torch.finfo(self.row.dtype).smallest_normal * LEAST_ROW).to(self.row.dtype)
+
 
 def entropy_quantize(
     weight: Tensor,
@@ -131,7 +139,7 @@ def entropy_quantize(
     if cross is not None:
         target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry, rank)
     shape = step_shape(weight.shape[0], _in_order(factor.upper.diagonal(), rank), sensitivity, options)
-    row = (shape.row.float() * (step * shape.unit)).to(shape.row.dtype)
+    row = shape.rows(step)
     column = wide_enough(target, row, shape.column, options)
     codes = _solve(target, factor, rank, row.float(), column.float(), options)
     form = EntropyCoded.from_codes(codes, row, column, options.chunk_size)

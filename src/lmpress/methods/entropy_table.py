@@ -87,7 +87,7 @@ def _rounded(target: Tensor, step: float, options: EntropyOptions, sensitivity: 
     """Every entry to the nearest point of its grid; no error is fed back."""
     rows, columns = target.shape
     shape = step_shape(rows, torch.ones(columns, device=target.device), sensitivity, options)
-    row = (shape.row.float() * (step * shape.unit)).to(shape.row.dtype)
+    row = shape.rows(step)
     column = wide_enough(target, row, shape.column, options)
     size = row.float() * column.float()
     by_row, by_column = deviations(target)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -103,14 +104,17 @@ def borrowed_text(
     for lender in lenders:
         if not (lender / MANIFEST).is_file() or not (lender / CALIBRATION).is_file():
             continue
-        manifest = read_json(lender / MANIFEST)
-        if manifest.get("source", {}).get("fingerprint") != source.fingerprint:
-            continue
-        for record in manifest.get("calibration") or []:
-            if wanted.items() <= record.items():
-                windows = load_file(lender / CALIBRATION)["input_ids"].long()
-                if fingerprint(windows) == record["ids_sha256"]:
-                    return CalibrationText(windows, record)
+        try:
+            manifest = read_json(lender / MANIFEST)
+            if manifest.get("source", {}).get("fingerprint") != source.fingerprint:
+                continue
+            for record in manifest.get("calibration") or []:
+                if wanted.items() <= record.items():
+                    windows = load_file(lender / CALIBRATION)["input_ids"].long()
+                    if fingerprint(windows) == record["ids_sha256"]:
+                        return CalibrationText(windows, record)
+        except (RequestError, SafetensorError, AttributeError, KeyError):
+            continue  # damaged: it lends nothing, and the text is written again
     return None
 
 

@@ -65,7 +65,8 @@ class Plan:
     @property
     def needs_original(self) -> bool:
         """Whether the dense model has to be run beside the compressed one."""
-        return any(step.needs_original for step in self.recipe.steps)
+        inner = (module for name, module in self.modules.items() if name not in self.outer)
+        return any(self.recipe.steps[index].needs_original for module in inner for index in module.steps)
 
     @property
     def budgets(self) -> dict[int, tuple[str, ...]]:

@@ -184,7 +184,7 @@ def _factored(step: Svd, shape: tuple[int, int]) -> tuple[list[Leaf], bool]:
     rank = min(max(rank, 1), m, n)
     if step.method == "svd" and rank * (m + n) >= m * n:
         return [Leaf(m, n)], True
-    return _factors(shape, rank), True
+    return _factors(shape, rank), not step.shares_budget  # else the text decides who gets which rank
 
 
 def _factors(

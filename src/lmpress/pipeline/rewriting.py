@@ -128,15 +128,18 @@ def _rewrite_site(
             continue
         form = before = current_form(block.get_submodule(linear))
         weight, seed = before.dense(), _seed(plan.recipe.seed, f"{name}.{linear}")
+        strayed = cross  # until a step has made up for it: another one would do so twice
         reports = []
         for index in module.steps:
             step = plan.recipe.steps[index]
             assert isinstance(step, FormStep)
             share = _share(shares.get(f"{name}.{linear}"), result.kept.get(linear))
             context = replace(
-                share, granularity=module.granularity.get(index), seed=seed, weight=weight, cross=cross
+                share, granularity=module.granularity.get(index), seed=seed, weight=weight, cross=strayed
             )
             rewritten = step.rewrite(form, None if gathered is None else gathered.statistics, context)
+            if step.needs_original and rewritten.form is not form:
+                strayed = None
             form = rewritten.form
             reports.append({"step": step.kind} | rewritten.report)
         form = store(form, plan.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lmpress.checkpoint import read_header, read_json, sha256_file, write_json, write_tensors
+from lmpress.checkpoint import read_header, sha256_file, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
 from lmpress.pipeline.allocation import Allocation, survey_budgets, survey_key
@@ -47,6 +46,7 @@ from lmpress.pipeline.rewriting import rewrite_block, rewrite_early, rewrite_out
 from lmpress.pipeline.source import ModelSource
 from lmpress.pipeline.stream import BlockStream, Original
 from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
+from lmpress.pipeline.surveys import keep_survey, kept_survey
 from lmpress.progress import note, track
 from lmpress.recipes import Recipe
 from lmpress.version import __version__
@@ -270,14 +270,12 @@ class Run:
 
     def _surveyed(self, text: CalibrationText, path: Path) -> dict[str, Any]:
         """The survey of the budgets; its tensors go to `path`. One of equal inputs may have been kept."""
-        kept = None
+        directory = self.options.surveys
         key = survey_key(self.plan, self.source.fingerprint, str(text.record.get("ids_sha256")))
-        if self.options.surveys is not None and key is not None:
-            kept = self.options.surveys / f"{key}.json"
-            tensors = kept.with_suffix(".safetensors")
-            if kept.is_file() and tensors.is_file():
-                shutil.copyfile(tensors, path)
-                return dict(read_json(kept))
+        kept = None if directory is None or key is None else kept_survey(directory, key)
+        if kept is not None:
+            write_tensors(path, kept[1])
+            return kept[0]
         part = survey_samples(text.windows.shape[0])
         windows = CalibrationText(text.windows[:part], text.record)
         outer = dense_outer(self.source, self.device)
@@ -288,10 +286,8 @@ class Run:
         except ValueError as error:
             raise LmpressError(f"the survey of the blocks: {error}") from error
         write_tensors(path, sensitivity)
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, kept.with_suffix(".safetensors"))
-            write_json(kept, survey)
+        if directory is not None and key is not None:
+            keep_survey(directory, key, survey, sensitivity)
         return survey
 
     def _outer_model(self) -> Any:

@@ -1,0 +1,38 @@
+"""Surveys that several recipes share: kept whole, or not found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lmpress.checkpoint import read_json, sha256_file, write_json, write_tensors
+from lmpress.errors import RequestError
+
+
+def keep_survey(directory: Path, key: str, survey: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Keep what `survey_budgets` told under its `survey_key`; the tensors first."""
+    directory.mkdir(parents=True, exist_ok=True)
+    told, data = _paths(directory, key)
+    write_tensors(data, tensors)
+    write_json(told, {"tensors": sha256_file(data), "survey": survey})
+
+
+def kept_survey(directory: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What was kept under `key`; None for nothing, and where it is torn or damaged."""
+    told, data = _paths(directory, key)
+    if not told.is_file() or not data.is_file():
+        return None
+    try:
+        kept = read_json(told)
+    except RequestError:
+        return None
+    if not isinstance(kept, dict) or kept.get("tensors") != sha256_file(data):
+        return None
+    return dict(kept["survey"]), load_file(data)
+
+
+def _paths(directory: Path, key: str) -> tuple[Path, Path]:
+    return directory / f"{key}.json", directory / f"{key}.safetensors"

@@ -1,0 +1,88 @@
+"""The dense model beside the compressed one: who asks for it, what is done with it, and after a crash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lmpress
+from lmpress.pipeline import Run, open_source
+from lmpress.pipeline.plan import make_plan
+from lmpress.recipes import parse_recipe
+
+PRUNE = {"prune_neurons": {"allocation": "loss", "ratio": 0.2, "multiple_of": 8}}
+FACTOR = {"targets": "linears", "method": "svd_llm", "ratio": 0.6, "update": 1.0}
+
+
+def recipe(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "original", "calibration": {"samples": 8, "seq_len": 32}, "steps": list(steps)}
+
+
+def gptq(asymmetry: float, targets: str = "linears") -> dict[str, Any]:
+    return {"quantize": {"targets": targets, "bits": 3, "solver": "gptq", "asymmetry": asymmetry}}
+
+
+def shards(directory: Path) -> dict[str, str]:
+    files = directory.glob("model-*.safetensors")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_who_asks_for_the_original(tiny: Callable[[str], Path]) -> None:
+    source = open_source(tiny("llama"))
+    asked = {
+        targets: make_plan(parse_recipe(recipe(gptq(0.5, targets)), "test"), source).needs_original
+        for targets in ("linears", "embeddings", "*")
+    }
+    assert asked == {"linears": True, "embeddings": False, "*": True}
+
+
+def test_what_strays_is_made_up_for_once(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    def made(name: str, *steps: dict[str, Any]) -> dict[str, str]:
+        lmpress.compress(tiny("llama"), recipe(*steps), tmp_path / name, calibration=str(text_file))
+        return shards(tmp_path / name)
+
+    assert made("plain", gptq(0.0)) != made("moved", gptq(1.0))
+    assert made("both", {"svd": FACTOR}, gptq(1.0)) == made("first", {"svd": FACTOR}, gptq(0.0))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [PRUNE, gptq(0.5)],
+        [{"svd": FACTOR | {"allocation": "error"}}],
+        [
+            PRUNE,
+            {"svd": FACTOR | {"allocation": "sensitivity"}},
+            {"entropy_quantize": {"targets": "*", "bits": 4, "asymmetry": 0.5}},
+        ],
+    ],
+    ids=["gptq", "error", "sensitivity"],
+)
+def test_a_broken_run_goes_on_to_the_same_bytes(
+    steps: list[dict[str, Any]],
+    tiny: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, text = tiny("llama-untied"), str(text_file)
+    lmpress.compress(model, recipe(*steps), tmp_path / "whole", calibration=text)
+    finish = Run._finish
+
+    def breaks(self: Run, number: int, *rest: Any) -> dict[str, Any]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return finish(self, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_finish", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            lmpress.compress(model, recipe(*steps), tmp_path / "broken", calibration=text)
+    lmpress.compress(model, recipe(*steps), tmp_path / "broken", calibration=text, resume=True)
+    assert shards(tmp_path / "broken") == shards(tmp_path / "whole")
