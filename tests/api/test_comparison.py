@@ -159,3 +159,13 @@ def test_the_model_writes_its_calibration_text_once(
     lmpress.compress(tiny("llama"), recipes[1], tmp_path / "alone")  # writes it again, and nothing differs
     for path in (tmp_path / "alone").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / "b" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["", "..", "../elsewhere", "a/b"])
+def test_a_recipe_names_a_directory_of_the_comparison(
+    name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = {"name": name, "steps": [{"quantize": {}}]}
+    with pytest.raises(RequestError, match="cannot name one"):
+        lmpress.compare(tiny("llama"), [recipe], tmp_path / "out", text=str(text_file))
+    assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "out").exists()

@@ -86,3 +86,17 @@ def test_a_broken_run_goes_on_to_the_same_bytes(
             lmpress.compress(model, recipe(*steps), tmp_path / "broken", calibration=text)
     lmpress.compress(model, recipe(*steps), tmp_path / "broken", calibration=text, resume=True)
     assert shards(tmp_path / "broken") == shards(tmp_path / "whole")
+
+
+def test_shared_ranks_never_take_more_than_the_weight_that_pruning_left(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    steps = [
+        {"prune_neurons": {"allocation": "uniform", "ratio": 0.33, "multiple_of": 32}},
+        {"svd": {"targets": "mlp", "method": "svd_llm", "ratio": 0.98, "allocation": "sensitivity"}},
+    ]
+    recipe = {"name": "both", "calibration": {"samples": 8, "seq_len": 64}, "steps": steps}
+    done = lmpress.compress(tiny("llama"), recipe, tmp_path / "out", calibration=str(text_file))
+    for name, told in done.manifest["modules"].items():
+        if "mlp" in name and "bytes" in told:
+            assert told["bytes"] <= 2 * told["shape"][0] * told["shape"][1], name

@@ -128,6 +128,9 @@ def compare(
     loaded = [load_recipe(recipe) for recipe in recipes]
     names = [recipe.name for recipe in loaded]
     twice = sorted({name for name in names if names.count(name) > 1 or name in ("dense", SURVEYS)})
+    stray = next((name for name in names if name in ("", ".", "..") or Path(name).name != name), None)
+    if stray is not None:
+        raise RequestError(f"a comparison has a directory a recipe, and {stray!r} cannot name one")
     if twice or not loaded:
         told = f"{twice[0]!r} is taken" if twice else "none is given"
         raise RequestError(f"a comparison needs recipes of different names, and {told}")

@@ -14,10 +14,11 @@ from lmpress.families import Layout, Site
 from lmpress.forms import CompressedLinear, Dense, Form
 from lmpress.methods.neuron_pruning import NeuronOptions, prune_neurons
 from lmpress.methods.result import Rewritten
+from lmpress.methods.svd_llm import factor_cost
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import ModulePlan
 from lmpress.pipeline.stream import BlockStream, Gathered, Original
-from lmpress.recipes import FormStep, LeafContext, PruneNeurons, in_storage
+from lmpress.recipes import FormStep, LeafContext, Pivot, PruneNeurons, in_storage
 from lmpress.statistics import InputStatistics
 
 
@@ -134,6 +135,8 @@ def _rewrite_site(
             step = plan.recipe.steps[index]
             assert isinstance(step, FormStep)
             share = _share(shares.get(f"{name}.{linear}"), result.kept.get(linear))
+            if share.rank and not _saves(share.rank, before.shape, plan, module):
+                share = replace(share, rank=0)
             context = replace(
                 share, granularity=module.granularity.get(index), seed=seed, weight=weight, cross=strayed
             )
@@ -153,6 +156,12 @@ def _kept_inputs(site: Site, layout: Layout, result: BlockResult) -> Tensor | No
     if layout.neurons.output not in site.linears:
         return None
     return result.kept.get(layout.neurons.inputs[0])
+
+
+def _saves(rank: int, shape: tuple[int, int], plan: Plan, module: ModulePlan) -> bool:
+    """Whether factors of this rank take less than the weight, which may have lost neurons since."""
+    pivoted = any(isinstance(plan.recipe.steps[index], Pivot) for index in module.steps)
+    return factor_cost(shape, rank, pivoted) < shape[0] * shape[1]
 
 
 def _share(share: LeafContext | None, kept: Tensor | None) -> LeafContext:

@@ -261,10 +261,10 @@ class Run:
             return None
         path = self.work / SENSITIVITY
         entry = self.journal.find("allocation")
-        if entry is None or not path.is_file():
+        if entry is None or not path.is_file() or sha256_file(path) != entry["tensors_sha256"]:
             assert text is not None
             survey = self._surveyed(text, path)
-            entry = {"allocation": survey}
+            entry = {"allocation": survey, "tensors_sha256": sha256_file(path)}
             self.journal.append(entry)
         return Allocation.from_entry(entry["allocation"], load_file(path), self.plan)
 
