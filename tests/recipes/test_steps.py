@@ -218,17 +218,18 @@ def test_every_leaf_gets_a_sensitivity_an_output() -> None:
         assert all(s is not None and s.shape == (shape[0],) for shape, s in SEEN)
 
 
-def test_entropy_quantize_needs_its_step_and_a_table_does_not() -> None:
+def test_entropy_quantize_takes_the_common_step_or_bits_of_its_own() -> None:
     step = EntropyQuantize(bits=4.0)
-    with pytest.raises(ValueError, match="in common"):
-        after(step)
+    with pytest.raises(ValueError, match="needs the Hessian"):
+        step.rewrite(Dense(WEIGHT), None, LeafContext(grid_step=0.05))
     form = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(grid_step=0.05)).form
     assert isinstance(form, EntropyCoded)
     finer = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(grid_step=0.01)).form
     assert strayed(finer) < strayed(form) / 10
-    table = step.rewrite(Dense(WEIGHT), None, LeafContext()).form
-    assert isinstance(table, EntropyCoded)
-    assert table.bits_per_weight <= 4.0
+    for known in (None, statistics()):
+        table = step.rewrite(Dense(WEIGHT), known, LeafContext()).form
+        assert isinstance(table, EntropyCoded)
+        assert table.bits_per_weight <= 4.0
     with pytest.raises(ValueError, match="takes dense weights"):
         step.rewrite(after(Quantize()), statistics(), LeafContext(grid_step=0.05))
 
