@@ -168,4 +168,5 @@ def test_a_recipe_names_a_directory_of_the_comparison(
     recipe = {"name": name, "steps": [{"quantize": {}}]}
     with pytest.raises(RequestError, match="cannot name one"):
         lmpress.compare(tiny("llama"), [recipe], tmp_path / "out", text=str(text_file))
-    assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / "elsewhere").exists()
+    assert not (tmp_path / "out").exists()
