@@ -147,7 +147,7 @@ class Allocation:
     def step(self, index: int, past: Sequence[Mapping[str, Any]], tried: Mapping[str, Any]) -> float:
         """The grid step at which the modules that are still to come take what is left of the budget."""
         curves, target = self.curves[index], self.targets[index]
-        done = _rates(index, past)
+        done = rates_of(index, past)
         seen = {name for rate in done for name in rate["modules"]}
         rest = {name: curve for name, curve in curves.items() if name not in seen}
         spent, weights = sum(r["bits"] for r in done), sum(r["weights"] for r in done)
@@ -169,7 +169,7 @@ class Allocation:
     def settled(self, rates: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a block took about what was expected of it; else it is worth doing again."""
         return all(
-            abs(rate["bits"] - rate["predicted"] - _surplus(_rates(int(key), past)) * rate["weights"])
+            abs(rate["bits"] - rate["predicted"] - _surplus(rates_of(int(key), past)) * rate["weights"])
             <= SURPRISE * rate["bits"]
             for key, rate in rates.items()
         )
@@ -193,7 +193,7 @@ class Allocation:
         return told
 
 
-def _rates(index: int, past: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def rates_of(index: int, past: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """What the blocks that are done took, by the entries of the journal."""
     return [entry["rates"][str(index)] for entry in past if str(index) in entry.get("rates", {})]
 

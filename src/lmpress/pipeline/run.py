@@ -15,7 +15,7 @@ from torch import nn
 from lmpress.checkpoint import read_header, sha256_file, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
-from lmpress.pipeline.allocation import Allocation, survey_budgets, survey_key
+from lmpress.pipeline.allocation import Allocation, rates_of, survey_budgets, survey_key
 from lmpress.pipeline.assemble import assemble, discard
 from lmpress.pipeline.blocks import (
     Descriptions,
@@ -384,7 +384,7 @@ class Run:
             return None
         told: dict[str, Any] = {"tokens": entry["allocation"]["tokens"]}
         for key, shared in entry["allocation"]["budgets"].items():
-            rates = [block["rates"][key] for block in self.journal.blocks() if key in block.get("rates", {})]
+            rates = rates_of(int(key), self.journal.blocks())
             facts = {name: value for name, value in shared.items() if name not in ("curves", "bits", "ranks")}
             if rates:
                 facts["bits_per_weight"] = sum(r["bits"] for r in rates) / sum(r["weights"] for r in rates)

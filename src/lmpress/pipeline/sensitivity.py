@@ -39,12 +39,8 @@ def entrance_gradient(
     gradients = torch.empty(states.shape)
     for i in range(windows.shape[0]):  # one window at a time: its logits are wide
         last = states[slice(i, i + 1)].to(device).requires_grad_(True)
-
-        def stand(index: int, given: Tensor, args: Any, kwargs: Any, last: Tensor = last) -> Tensor:
-            return last if index == layout.num_blocks - 1 else given
-
-        with replaced_blocks(outer, layout, stand), torch.enable_grad():
-            logits = outer(input_ids=windows[i : i + 1].to(device), use_cache=False).logits[0].float()
+        with torch.enable_grad():
+            logits = _logits(outer, layout, windows[i : i + 1].to(device), last)
             labels = _drawn(logits.detach(), generator)
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, last)
@@ -76,17 +72,29 @@ def _mean_probabilities(
 ) -> Tensor:
     total: Tensor | None = None
     for i in range(windows.shape[0]):
-        last = states[slice(i, i + 1)].to(device)
-
-        def stand(index: int, given: Tensor, args: Any, kwargs: Any, last: Tensor = last) -> Tensor:
-            return last if index == layout.num_blocks - 1 else given
-
-        with replaced_blocks(outer, layout, stand), torch.no_grad():
-            logits = outer(input_ids=windows[i : i + 1].to(device), use_cache=False).logits[0].float()
+        with torch.no_grad():
+            last = states[slice(i, i + 1)].to(device)
+            logits = _logits(outer, layout, windows[i : i + 1].to(device), last)
         found = logits.softmax(-1).sum(0, dtype=torch.float64)
         total = found if total is None else total + found
     assert total is not None
     return (total / total.sum()).float().cpu()
+
+
+def _logits(outer: Any, layout: Layout, ids: Tensor, last: Tensor) -> Tensor:
+    """What the head makes of the hidden states behind the last block, float32 (tokens, vocabulary).
+
+    Args:
+        ids: of one window, (1, tokens).
+        last: (1, tokens, width).
+    """
+
+    def stand(index: int, given: Tensor, args: Any, kwargs: Any) -> Tensor:
+        return last if index == layout.num_blocks - 1 else given
+
+    with replaced_blocks(outer, layout, stand):
+        logits: Tensor = outer(input_ids=ids, use_cache=False).logits[0]
+    return logits.float()
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
