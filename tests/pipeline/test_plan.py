@@ -54,6 +54,16 @@ def test_foretold_bytes_are_those_of_the_files(
     assert stored - headers == pytest.approx(predicted["bytes"], rel=0.002, abs=256)
 
 
+def foretold_and_stored(steps: list[dict[str, Any]], model: Path, text: Path, out: Path) -> tuple[int, int]:
+    """The bytes that a plan takes for an estimate, and those of the tensors that a run stores."""
+    recipe = {"calibration": {"samples": 4, "seq_len": 32}, "steps": steps}
+    predicted = lmpress.plan(model, recipe)["predicted"]
+    assert not predicted["exact"]
+    result = lmpress.compress(model, recipe, out, calibration=str(text))
+    headers = sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in out.glob("model-*.safetensors"))
+    return predicted["bytes"], result.manifest["sizes"]["weight_bytes"] - headers
+
+
 @pytest.mark.parametrize(
     "steps",
     [
@@ -66,16 +76,8 @@ def test_foretold_bytes_are_those_of_the_files(
 def test_bytes_that_data_decide_are_foretold_at_their_most(
     steps: list[dict[str, Any]], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    recipe = {"calibration": {"samples": 4, "seq_len": 32}, "steps": steps}
-    predicted = lmpress.plan(tiny("llama"), recipe)["predicted"]
-    assert not predicted["exact"]
-    result = lmpress.compress(tiny("llama"), recipe, tmp_path / "out", calibration=str(text_file))
-    headers = sum(
-        8 + int.from_bytes(p.read_bytes()[:8], "little")
-        for p in (tmp_path / "out").glob("model-*.safetensors")
-    )
-    stored = result.manifest["sizes"]["weight_bytes"] - headers
-    assert 0.5 * predicted["bytes"] < stored <= predicted["bytes"] + 256
+    predicted, stored = foretold_and_stored(steps, tiny("llama"), text_file, tmp_path / "out")
+    assert 0.5 * predicted < stored <= predicted + 256
 
 
 def test_steps_that_cannot_follow_are_found_by_module(tiny: Callable[[str], Path]) -> None:
@@ -217,16 +219,8 @@ def test_modules_get_their_bits_once(first: str, second: str, tiny: Callable[[st
 def test_bytes_of_a_budget_are_foretold(
     steps: list[dict[str, Any]], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    recipe = {"calibration": {"samples": 4, "seq_len": 32}, "steps": steps}
-    predicted = lmpress.plan(tiny("llama"), recipe)["predicted"]
-    assert not predicted["exact"]
-    result = lmpress.compress(tiny("llama"), recipe, tmp_path / "out", calibration=str(text_file))
-    headers = sum(
-        8 + int.from_bytes(p.read_bytes()[:8], "little")
-        for p in (tmp_path / "out").glob("model-*.safetensors")
-    )
-    stored = result.manifest["sizes"]["weight_bytes"] - headers
-    assert stored == pytest.approx(predicted["bytes"], rel=0.02)
+    predicted, stored = foretold_and_stored(steps, tiny("llama"), text_file, tmp_path / "out")
+    assert stored == pytest.approx(predicted, rel=0.02)
 
 
 def test_ranks_that_the_text_gives_out_are_an_estimate(tiny: Callable[[str], Path]) -> None:
