@@ -112,7 +112,9 @@ def test_finished_blocks_are_not_made_again(
     made = []
     original = Run._block
     monkeypatch.setattr(
-        Run, "_block", lambda self, index, *rest: (made.append(index), original(self, index, *rest))[1]
+        Run,
+        "_block",
+        lambda self, index, *rest, **more: (made.append(index), original(self, index, *rest, **more))[1],
     )
     lmpress.compress(**arguments, resume=True)
     assert made

@@ -61,7 +61,7 @@ def restored_block(
     block = copy.deepcopy(source.skeleton.get_submodule(name[:-1]))
     for module, description in plan.items():
         linear = module.removeprefix(name)
-        form = _widened(_filled(description, linear, tensors)).resident()
+        form = running(_filled(description, linear, tensors))
         bias = tensors.pop(f"{linear}.bias", None)
         block.set_submodule(linear, CompressedLinear(form, None if bias is None else bias.float()))
     _load(block, tensors)
@@ -118,8 +118,11 @@ def _filled(description: Mapping[str, Any], module: str, tensors: dict[str, Tens
     return empty.with_tensors({key: tensors.pop(f"{module}.{stored}") for key, stored in names.items()})
 
 
-def _widened(form: Form) -> Form:
-    return form.rewrite(lambda leaf: Dense(leaf.weight.float()) if isinstance(leaf, Dense) else leaf)
+def running(form: Form) -> Form:
+    """A stored form as the text runs through it: in float32, and as a loaded model would run it."""
+    return form.rewrite(
+        lambda leaf: Dense(leaf.weight.float()) if isinstance(leaf, Dense) else leaf
+    ).resident()
 
 
 def _load(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -15,9 +15,11 @@ from lmpress.forms import CompressedLinear, Dense, Form
 from lmpress.methods.neuron_pruning import NeuronOptions, prune_neurons
 from lmpress.methods.result import Rewritten
 from lmpress.methods.svd_llm import factor_cost
+from lmpress.pipeline.blocks import running
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import ModulePlan
-from lmpress.pipeline.stream import BlockStream, Gathered, Original
+from lmpress.pipeline.stream import BlockStream, Gathered
+from lmpress.pipeline.walk import Walk
 from lmpress.recipes import FormStep, LeafContext, Pivot, PruneNeurons, in_storage
 from lmpress.statistics import InputStatistics
 
@@ -42,10 +44,10 @@ def rewrite_block(
     name: str,
     layout: Layout,
     plan: Plan,
-    stream: BlockStream | None,
+    walk: Walk | None,
     width: int | None,
     shares: Mapping[str, LeafContext] | None = None,
-    original: Original | None = None,
+    original: Walk | None = None,
 ) -> BlockResult:
     """Apply the plan to one block, in place.
 
@@ -53,20 +55,20 @@ def rewrite_block(
         block: its real modules, in float32; afterwards every touched linear is a `CompressedLinear`, and
             every weight has the value that will be stored.
         name: the block's full name, such as "model.layers.3".
-        stream: the calibration text in front of this block; None where no step needs any.
+        walk: the calibration text on its way through this block; None where no step needs any.
         width: neurons to keep, or None.
         shares: by full name, what the modules of the block have of a budget that they share.
-        original: the dense model at the same block; None where no step needs it.
+        original: the same of the dense model; None where no step needs it.
     """
     result = BlockResult()
+    _settle(block, name, layout, plan)
     prune = plan.recipe.steps[plan.neurons] if plan.neurons is not None else None
     for site in layout.sites:
         if isinstance(prune, PruneNeurons) and width is not None and layout.neurons.inputs[0] in site.linears:
-            _prune(block, layout, prune, stream, width, result)
+            _prune(block, name, layout, plan, None if walk is None else walk.stream, width, result)
         modules = {linear: plan.modules[f"{name}.{linear}"] for linear in site.linears}
         if any(module.steps for module in modules.values()):
-            _rewrite_site(block, name, layout, site, modules, plan, stream, shares or {}, original, result)
-    _settle(block, layout, plan.dtype, result)
+            _rewrite_site(block, name, layout, site, modules, plan, walk, shares or {}, original, result)
     return result
 
 
@@ -98,6 +100,7 @@ def set_form(block: nn.Module, linear: str, form: Form, bias: Tensor | None = No
     bias = bias if bias is not None else (None if kept is None else kept.data)
     if isinstance(old, CompressedLinear) and bias is None:
         old.hold(form)
+        old.runner = None
     else:
         block.set_submodule(linear, CompressedLinear(form, bias))
 
@@ -109,21 +112,23 @@ def _rewrite_site(
     site: Site,
     modules: Mapping[str, ModulePlan],
     plan: Plan,
-    stream: BlockStream | None,
+    walk: Walk | None,
     shares: Mapping[str, LeafContext],
-    original: Original | None,
+    original: Walk | None,
     result: BlockResult,
 ) -> None:
     steps = [plan.recipe.steps[i] for module in modules.values() for i in module.steps]
     gathered: Gathered | None = None
-    if stream is not None:
-        hessian = any(step.needs_hessian for step in steps)
-        wanted = any(step.needs_statistics for step in steps)
-        # where no step asks, one batch is enough to tell how far the linears stray
-        gathered = stream.gather(block, {site: hessian}, batches=None if wanted else 1)[0][site.name]
-    cross: Tensor | None = None
-    if stream is not None and original is not None and any(step.needs_original for step in steps):
-        cross = stream.cross(block, site.linears[0], original, _kept_inputs(site, layout, result))
+    if walk is not None:
+        gathered = walk.gather(
+            site,
+            hessian=any(step.needs_hessian for step in steps),
+            # where no step asks, one batch is enough to tell how far the linears stray
+            whole=any(step.needs_statistics for step in steps),
+            original=original if any(step.needs_original for step in steps) else None,
+            kept=_kept_inputs(site, layout, result),
+        )
+    cross = None if gathered is None else gathered.cross
     for linear, module in modules.items():
         if not module.steps:
             continue
@@ -147,6 +152,8 @@ def _rewrite_site(
             reports.append({"step": step.kind} | rewritten.report)
         form = store(form, plan.dtype)
         set_form(block, linear, form)
+        if walk is not None:
+            _run_as_restored(block, linear, form)
         result.forms[linear] = form
         result.report[linear] = _report(before, form, gathered, reports)
 
@@ -173,13 +180,15 @@ def _share(share: LeafContext | None, kept: Tensor | None) -> LeafContext:
 
 def _prune(
     block: nn.Module,
+    name: str,
     layout: Layout,
-    step: PruneNeurons,
+    plan: Plan,
     stream: BlockStream | None,
     width: int,
     result: BlockResult,
 ) -> None:
-    neurons = layout.neurons
+    neurons, step = layout.neurons, plan.recipe.steps[plan.neurons or 0]
+    assert isinstance(step, PruneNeurons)
     output = block.get_submodule(neurons.output)
     total = current_form(output).shape[1]
     if width >= total:
@@ -198,19 +207,27 @@ def _prune(
         activation=activation,
         output_bias=None if bias is None else bias.data,
     )
+
+    def hold(linear: str, weight: Tensor, its_bias: Tensor | None) -> None:
+        form: Form = Dense(weight)
+        if not plan.modules[f"{name}.{linear}"].steps:  # else rounded when all of them are done
+            form = store(form, plan.dtype)
+        set_form(block, linear, form, its_bias)
+        _run_as_restored(block, linear, form)
+        result.forms[linear] = form
+        result.report[linear] = _plain_report(form)
+
     for linear in neurons.inputs:
         module = block.get_submodule(linear)
-        rows = current_form(module).dense()[choice.keep]
         its_bias = cast("Tensor | None", module.bias)
-        kept = None if its_bias is None else its_bias.data[choice.keep]
-        set_form(block, linear, Dense(rows), kept)
-        result.forms[linear] = Dense(rows)
         result.kept[linear] = choice.keep
-        result.report[linear] = _plain_report(Dense(rows))
+        hold(
+            linear,
+            current_form(module).dense()[choice.keep],
+            None if its_bias is None else its_bias.data[choice.keep],
+        )
     shifted = None if bias is None or choice.bias_delta is None else bias.data + choice.bias_delta.to(bias)
-    set_form(block, neurons.output, Dense(choice.output), shifted)
-    result.forms[neurons.output] = Dense(choice.output)
-    result.report[neurons.output] = _plain_report(Dense(choice.output))
+    hold(neurons.output, choice.output, shifted)
     result.report["neurons"] = choice.report
 
 
@@ -223,18 +240,20 @@ def store(form: Form, dtype: torch.dtype) -> Form:
     return form.rewrite(rewriter)
 
 
-def _settle(block: nn.Module, layout: Layout, dtype: torch.dtype, result: BlockResult) -> None:
-    """Give every linear of the block the value that will be stored."""
+def _settle(block: nn.Module, name: str, layout: Layout, plan: Plan) -> None:
+    """Give every linear that no step touches the value that will be stored."""
     for linear in layout.linears:
         module = block.get_submodule(linear)
-        if isinstance(module, CompressedLinear):
-            form = store(module.form, dtype)
-            set_form(block, linear, form)
-            result.forms[linear] = form
-            result.report[linear] |= {"form": form.formula, "bytes": form.num_bytes}
-        else:
+        if not plan.modules[f"{name}.{linear}"].steps:
             weight = cast(nn.Parameter, module.weight)
-            weight.data = in_storage(weight.data, dtype).to(weight.dtype)
+            weight.data = in_storage(weight.data, plan.dtype).to(weight.dtype)
+
+
+def _run_as_restored(block: nn.Module, linear: str, form: Form) -> None:
+    """Let the text run through what a reader of the shard would run, to the bit."""
+    module, restored = block.get_submodule(linear), running(form)
+    assert isinstance(module, CompressedLinear)
+    module.runner = lambda _, x: restored.forward(x)
 
 
 def _report(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,9 +46,10 @@ from lmpress.pipeline.output import (
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.rewriting import rewrite_block, rewrite_early, rewrite_outer
 from lmpress.pipeline.source import ModelSource
-from lmpress.pipeline.stream import BlockStream, Original
+from lmpress.pipeline.stream import BlockStream
 from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
 from lmpress.pipeline.surveys import keep_survey, kept_survey
+from lmpress.pipeline.walk import Walk
 from lmpress.progress import note, track
 from lmpress.recipes import Recipe
 from lmpress.version import __version__
@@ -170,17 +173,19 @@ class Run:
         if streamed and text is not None and self.plan.needs_original:
             dense = self._stream(text, dense_outer(self.source, self.device))
         blocks = self.source.layout.num_blocks
+        streams = stream, dense
         for i in track(range(blocks), f"Compressing {self.source.name} with {self.recipe.name}"):
-            original = None if dense is None else self._original(dense, i)
+            for each in filter(None, streams):
+                each.at_block(i)
+            if i not in done:
+                width = None if widths is None else widths[i]
+                self._block(i, streams, width, allocation, last=i + 1 == blocks)
+                continue
+            if dense is not None:
+                dense.advance(self._dense(i))
             if stream is not None:
-                stream.at_block(i)
-            width = None if widths is None else widths[i]
-            entry = done.get(i) or self._block(i, stream, width, allocation, original)
-            if original is not None:
-                original.stream.advance(original.block)
-            if stream is not None and i + 1 < blocks:
-                shard = self.staging / entry["file"]
-                stream.advance(restored_block(self.source, i, shard, entry["plan"], self.device))
+                shard = self.staging / done[i]["file"]
+                stream.advance(restored_block(self.source, i, shard, done[i]["plan"], self.device))
         entries = [outer, *self.journal.blocks()]
         return self._assemble(entries, text)
 
@@ -308,10 +313,6 @@ class Run:
             device=self.device,
         )
 
-    def _original(self, stream: BlockStream, index: int) -> Original:
-        stream.at_block(index)
-        return Original(stream, self._dense(index))
-
     def _unpruned(self, index: int) -> nn.Module:
         """A block as the pruning will find it, as far as that can be told without text."""
         block = self._dense(index)
@@ -325,33 +326,53 @@ class Run:
     def _block(
         self,
         index: int,
-        stream: BlockStream | None,
+        streams: tuple[BlockStream | None, BlockStream | None],
         width: int | None,
         allocation: Allocation | None,
-        original: Original | None,
-    ) -> dict[str, Any]:
+        last: bool,
+    ) -> None:
+        """Rewrite one block and store it. The streams (compressed, dense) go through it, but for the last."""
         layout = self.source.layout
         name, past = layout.block_name(index), self.journal.blocks()
         linears = [f"{name}.{linear}" for linear in layout.linears]
         rates: dict[str, Any] = {}
-        for _ in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS + 1):
             block = self._dense(index)
             shares = {} if allocation is None else allocation.shares(linears, past, rates)
-            try:
-                result = rewrite_block(block, name, layout, self.plan, stream, width, shares, original)
-            except ValueError as error:
-                raise LmpressError(f"{name}: {error}") from error
-            if allocation is None:
-                break
-            forms = {f"{name}.{linear}": form for linear, form in result.forms.items()}
-            rates = allocation.rates(forms, shares)
-            if allocation.settled(rates, past):
+            with self._walks(index, block, streams) as (walk, original):
+                try:
+                    result = rewrite_block(block, name, layout, self.plan, walk, width, shares, original)
+                except ValueError as error:
+                    raise LmpressError(f"{name}: {error}") from error
+                if allocation is not None:
+                    forms = {f"{name}.{linear}": form for linear, form in result.forms.items()}
+                    rates = allocation.rates(forms, shares)
+                settled = allocation is None or attempt == ATTEMPTS or allocation.settled(rates, past)
+                for each in filter(None, (walk, original)):
+                    if settled and not last:
+                        each.finish()
+            if settled:
                 break
         stored = block_tensors(self.source, index, block, self.plan.dtype)
         plan = {f"{name}.{linear}": form.describe() for linear, form in result.forms.items()}
         report = {f"{name}.{linear}": told for linear, told in result.report.items()}
         entry = {"block": index, "plan": plan, "report": report}
-        return self._finish(index + 1, stored, entry | ({"rates": rates} if rates else {}))
+        self._finish(index + 1, stored, entry | ({"rates": rates} if rates else {}))
+
+    @contextmanager
+    def _walks(
+        self, index: int, block: nn.Module, streams: tuple[BlockStream | None, BlockStream | None]
+    ) -> Iterator[tuple[Walk | None, Walk | None]]:
+        """The texts on their way through one block: the compressed model's, and the dense one's."""
+        stream, dense = streams
+        memory = None if self.options.memory is None else self.options.memory // (4 if dense is None else 8)
+        walk = None if stream is None else Walk(stream, block, memory)
+        original = None if dense is None else Walk(dense, self._dense(index), memory)
+        try:
+            yield walk, original
+        finally:
+            for each in filter(None, (walk, original)):
+                each.close()
 
     def _finish(self, number: int, stored: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
         """Write a shard, and then, only then, its line in the journal."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ SAMPLE_TOKENS = 512
 """Input rows kept of every site, to measure how far a rewritten linear strays."""
 
 
-class _Stop(Exception):  # noqa: N818
+class Stop(Exception):  # noqa: N818
     """Raised where the rest of a forward is not needed."""
 
 
@@ -32,23 +31,12 @@ class Gathered:
     Attributes:
         statistics: moments of the site's input.
         sample: the first input rows, (<= SAMPLE_TOKENS, n).
+        cross: E[(x_fp - x) x^T] (n, n), x_fp being what the dense model has there; None where nobody asked.
     """
 
     statistics: InputStatistics
     sample: Tensor
-
-
-@dataclass(frozen=True)
-class Original:
-    """The dense model beside the compressed one, at the same block.
-
-    Attributes:
-        stream: the calibration text in front of the block, as the dense model sees it.
-        block: the dense block.
-    """
-
-    stream: BlockStream
-    block: nn.Module
+    cross: Tensor | None = None
 
 
 @dataclass
@@ -94,7 +82,6 @@ class BlockStream:
         sites: Mapping[Site, bool],
         signal: str | None = None,
         advance: bool = False,
-        batches: int | None = None,
     ) -> tuple[dict[str, Gathered], Tensor | None]:
         """Run the text through `block` as it is now, and look at the inputs of some sites.
 
@@ -102,7 +89,6 @@ class BlockStream:
             sites: which sites, and for each whether its Hessian is wanted.
             signal: a linear whose mean absolute output is wanted as well.
             advance: let the outputs of the block become the inputs of the next one, in the same pass.
-            batches: look at so many batches only; None for all.
 
         Returns:
             by site name what was gathered, and the mean absolute output of `signal`, (features,).
@@ -120,9 +106,9 @@ class BlockStream:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 accumulators[site.name].update(args[0])
                 if sum(len(part) for part in samples[site.name]) < SAMPLE_TOKENS:
-                    samples[site.name].append(_sample(args[0]))
+                    samples[site.name].append(first_rows(args[0]))
                 if last and not advance:
-                    raise _Stop
+                    raise Stop
 
             return hook
 
@@ -137,8 +123,8 @@ class BlockStream:
                 )
             )
         try:
-            for rows in islice(self.batches(), batches):
-                output = self._run(block, rows)
+            for rows in self.batches():
+                output = self.run(block, rows)
                 if advance and output is not None:
                     self.states[rows] = output
         finally:
@@ -153,38 +139,9 @@ class BlockStream:
     def advance(self, block: nn.Module) -> None:
         """Run the text through the finished `block`: its outputs become the inputs of the next one."""
         for rows in self.batches():
-            output = self._run(block, rows)
+            output = self.run(block, rows)
             assert output is not None
             self.states[rows] = output
-
-    def cross(self, block: nn.Module, linear: str, original: Original, kept: Tensor | None = None) -> Tensor:
-        """C = E[(x_fp - x) x^T] (in, in), x being the input of `linear` in `block`, and x_fp in the original.
-
-        Args:
-            kept: the channels of x_fp that x still has; None for all.
-        """
-        total, count = torch.zeros(()), 0
-        caught: list[Tensor] = []
-
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            caught.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
-            raise _Stop
-
-        pair = (self, block), (original.stream, original.block)
-        handles = [b.get_submodule(linear).register_forward_pre_hook(hook) for _, b in pair]
-        try:
-            for rows in self.batches():
-                caught.clear()
-                for stream, run in pair:
-                    stream._run(run, rows)
-                x, dense = caught
-                dense = dense if kept is None else dense[:, kept]
-                total = total + (dense - x).T @ x
-                count += x.shape[0]
-        finally:
-            for handle in handles:
-                handle.remove()
-        return total / max(1, count)
 
     def energy(self) -> float:
         """Mean squared norm of a token's hidden state."""
@@ -210,7 +167,7 @@ class BlockStream:
                 try:
                     with torch.no_grad():
                         outer.base_model(input_ids=self.windows[rows].to(self.device), use_cache=False)
-                except _Stop:
+                except Stop:
                     pass
 
     def _caught(self, index: int, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -218,7 +175,7 @@ class BlockStream:
             self.states[self._rows] = states
         self._calls.setdefault(self._key(index, self._rows), _Call(args, kwargs))
         if index == self.layout.num_blocks - 1:
-            raise _Stop
+            raise Stop
         return states
 
     def _key(self, index: int, rows: slice) -> tuple[int, int]:
@@ -231,11 +188,12 @@ class BlockStream:
         output = block(states, *call.args, **call.kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
-    def _run(self, block: nn.Module, rows: slice) -> Tensor | None:
+    def run(self, block: nn.Module, rows: slice) -> Tensor | None:
+        """What some windows are behind `block`; None where a hook stopped them on the way."""
         try:
             with torch.no_grad():
                 return self.call(block, rows, self.states[rows].to(self.device))
-        except _Stop:
+        except Stop:
             return None
 
     def batches(self) -> Iterator[slice]:
@@ -281,8 +239,8 @@ class _Substitute(nn.Module):
         return self._stand(self._index, states, args, kwargs)
 
 
-def _sample(x: Tensor) -> Tensor:
-    """The first rows of a batch of inputs, (<= SAMPLE_TOKENS, n)."""
+def first_rows(x: Tensor) -> Tensor:
+    """The first rows of a batch of inputs, (<= SAMPLE_TOKENS, n), copied."""
     return x.detach().reshape(-1, x.shape[-1])[:SAMPLE_TOKENS].float().clone()
 
 

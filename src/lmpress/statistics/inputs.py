@@ -67,6 +67,13 @@ class InputStatistics:
         )
 
 
+ROWS = 512
+"""Rows whose sums are made in float32 before they are added up in float64."""
+
+PANEL = 256
+"""Rows of a Hessian that one matrix product makes, from the diagonal to the right."""
+
+
 class StatisticsAccumulator:
     """Gathers `InputStatistics` over batches.
 
@@ -107,14 +114,19 @@ class StatisticsAccumulator:
             return
         x = x.to(self._sum.device, torch.float32)
         self.count += x.shape[0]
-        self._sum += x.sum(0, dtype=torch.float64)
-        self._abs += x.abs().sum(0, dtype=torch.float64)
-        self._square += x.square().sum(0, dtype=torch.float64)
+        for first in range(0, len(x), ROWS):
+            part = x[first : first + ROWS]
+            self._sum += part.sum(0)
+            self._abs += part.abs().sum(0)
+            self._square += part.square().sum(0)
         if self._products is not None:
-            if self._products.dtype == torch.float32:
-                self._products.addmm_(x.T, x)
-            else:
-                self._products += x.T @ x
+            for start in range(0, x.shape[1], PANEL):  # the products are symmetric: nothing left of a panel
+                panel = self._products[start : start + PANEL, start:]
+                left, right = x[:, start : start + PANEL].T, x[:, start:]
+                if panel.dtype == torch.float32:
+                    panel.addmm_(left, right)
+                else:
+                    panel += left @ right
 
     def result(self) -> InputStatistics:
         """The means so far, float32. ValueError if nothing was seen, or if a value is not finite."""
@@ -124,8 +136,8 @@ class StatisticsAccumulator:
             raise ValueError("the activations are not finite: a weight or an input holds NaN or infinity")
         hessian = None
         if self._products is not None:
-            hessian = self._products / self.count
-            hessian = ((hessian + hessian.T) / 2).float()
+            upper = (self._products / self.count).float().triu_()
+            hessian = upper + upper.triu(1).T
         return InputStatistics(
             self.count,
             (self._sum / self.count).float(),

@@ -1,0 +1,165 @@
+"""One pass of the calibration text through a block that is rewritten on the way.
+
+What a site sees depends on what the sites before it have become. Instead of running the block from its
+entrance for every site, all batches of the text stop in front of a site, wait until its linears are
+rewritten, and go on from there: each batch is a greenlet that is paused inside the block's own forward. Where
+what the paused batches hold would not fit into memory, every site is reached from the entrance after all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from lmpress.families import Site
+from lmpress.pipeline.stream import SAMPLE_TOKENS, BlockStream, Gathered, Stop, first_rows
+from lmpress.statistics import StatisticsAccumulator
+
+IN_FLIGHT = 2 << 30
+"""Bytes that paused batches may hold where no limit was given."""
+
+RESIDUALS = 3
+"""Tensors of the width of the model that a paused batch holds, about, beside the input of the site."""
+
+
+class Walk:
+    """All batches of `stream` on their way through `block`.
+
+    Args:
+        stream: the text in front of the block.
+        block: its linears may be replaced between two sites.
+        memory: bytes that paused batches may hold; None for `IN_FLIGHT`.
+    """
+
+    def __init__(self, stream: BlockStream, block: nn.Module, memory: int | None = None) -> None:
+        self.stream, self._block = stream, block
+        self._rows = list(stream.batches())
+        self._runs: list[greenlet] | None = None
+        if _held(stream, block) <= (IN_FLIGHT if memory is None else memory):
+            self._runs = [greenlet(self._through) for _ in self._rows]
+
+    @property
+    def pauses(self) -> bool:
+        """Whether batches wait inside the block; else each site is reached from its entrance."""
+        return self._runs is not None
+
+    def gather(
+        self, site: Site, hessian: bool, whole: bool = True, original: Walk | None = None, kept: Any = None
+    ) -> Gathered:
+        """Go to `site`, and look at its input.
+
+        Args:
+            hessian: whether the Hessian is wanted.
+            whole: look at all batches; else the first one will do.
+            original: the dense model on its way through the same block, for the cross matrix
+                C = E[(x_fp - x) x^T], x being the input of the site and x_fp that of the dense model.
+            kept: the channels of x_fp that x still has, (in,); None for all.
+        """
+        features = int(self._module(site.linears[0]).in_features)
+        accumulator = StatisticsAccumulator(features, hessian, self.stream.device)
+        sample: list[Tensor] = []
+        cross = torch.zeros(()) if original is not None else None
+        inputs = self._reach(site)
+        references: Iterator[Tensor | None] = iter(lambda: None, 0)
+        if original is not None:
+            references = original._reach(site)
+        for x, dense in zip(inputs, references, strict=False):
+            accumulator.update(x)
+            if sum(map(len, sample)) < SAMPLE_TOKENS:
+                sample.append(first_rows(x))
+            if cross is not None and dense is not None:
+                own, other = (t.reshape(-1, t.shape[-1]).float() for t in (x, dense))
+                cross = cross + ((other if kept is None else other[:, kept]) - own).T @ own
+            if not whole:
+                break
+        statistics = accumulator.result()
+        return Gathered(
+            statistics,
+            torch.cat(sample)[:SAMPLE_TOKENS],
+            None if cross is None else cross / max(1, statistics.count),
+        )
+
+    def finish(self) -> None:
+        """Go to the exit: the outputs of the block become the states of the stream."""
+        for i, rows in enumerate(self._rows):
+            if self._runs is None:
+                output = self.stream.run(self._block, rows)
+            else:
+                with torch.no_grad():
+                    output = self._runs[i].switch(rows)
+            assert output is not None
+            self.stream.states[rows] = output
+
+    def close(self) -> None:
+        """Let go of what waits."""
+        if self._runs is None:
+            return
+        with torch.no_grad():  # what a forward undoes on its way out is undone within this
+            for run in self._runs:
+                if run:  # started, and not at its end
+                    run.throw()
+        self._runs = []
+
+    def _reach(self, site: Site) -> Iterator[Tensor]:
+        """The inputs of a site, batch by batch, as they arrive; what is not asked for stays behind."""
+        linear = site.linears[0]
+        for i, rows in enumerate(self._rows):
+            yield self._replayed(linear, rows) if self._runs is None else self._paused(i, linear, rows)
+
+    def _replayed(self, linear: str, rows: slice) -> Tensor:
+        caught: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            caught.append(args[0].detach())
+            raise Stop
+
+        handle = self._module(linear).register_forward_pre_hook(hook)
+        try:
+            self.stream.run(self._block, rows)
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def _paused(self, i: int, linear: str, rows: slice) -> Tensor:
+        assert self._runs is not None
+        module, run = self._module(linear), self._runs[i]
+        module.__dict__["forward"] = self._waiting(linear)
+        try:
+            with torch.no_grad():
+                arrived = run.switch(rows)
+        finally:
+            del module.__dict__["forward"]
+        if run.dead:
+            raise RuntimeError(f"the block ended before its {linear} was reached")
+        assert isinstance(arrived, Tensor)
+        return arrived
+
+    def _through(self, rows: slice) -> Tensor:
+        stream = self.stream
+        return stream.call(self._block, rows, stream.states[rows].to(stream.device))
+
+    def _waiting(self, linear: str) -> Callable[[Tensor], Tensor]:
+        """A forward that shows its input, waits, and then does what the linear of that name does by then."""
+
+        def forward(x: Tensor) -> Tensor:
+            driver = getcurrent().parent
+            assert driver is not None
+            driver.switch(x.detach())
+            y: Tensor = self._module(linear)(x)
+            return y
+
+        return forward
+
+    def _module(self, linear: str) -> Any:
+        return self._block.get_submodule(linear)
+
+
+def _held(stream: BlockStream, block: nn.Module) -> int:
+    """About how many bytes all batches hold while they wait in front of the widest site."""
+    widest = max(int(block.get_submodule(s.linears[0]).in_features) for s in stream.layout.sites)  # type: ignore[arg-type]
+    samples, tokens, width = stream.states.shape
+    return 4 * samples * tokens * (RESIDUALS * width + widest)

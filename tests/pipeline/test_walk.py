@@ -1,0 +1,105 @@
+"""One pass through a block that is rewritten on the way, against passes from its entrance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lmpress
+from lmpress.forms import Dense
+from lmpress.pipeline import open_source
+from lmpress.pipeline.blocks import dense_block, dense_outer
+from lmpress.pipeline.rewriting import set_form
+from lmpress.pipeline.stream import BlockStream
+from lmpress.pipeline.walk import Walk
+from tests.pipeline.test_original import FACTOR, PRUNE, gptq, recipe, shards
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["llama", "opt"])
+def stream(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> tuple[BlockStream, nn.Module]:
+    source = open_source(tiny(request.param))
+    windows = torch.randint(0, source.config.vocab_size, (10, 16), generator=torch.Generator().manual_seed(0))
+    stream = BlockStream(source, dense_outer(source, CPU), windows, batch=4)
+    stream.at_block(0)
+    return stream, dense_block(source, 0, CPU)
+
+
+def halve(block: nn.Module, linear: str) -> None:
+    module: Any = block.get_submodule(linear)
+    set_form(block, linear, Dense(module.weight.data / 2))
+
+
+def walked(stream: BlockStream, block: nn.Module, memory: int | None) -> tuple[list[Tensor], Tensor, int]:
+    """Hessians of all sites, each seen behind halved linears; the states at the exit; calls of the first."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    walk = Walk(stream, block, memory)
+    next(iter(block.children())).register_forward_pre_hook(count)
+    hessians = []
+    for site in stream.layout.sites:
+        hessians.append(walk.gather(site, hessian=True).statistics.require_hessian())
+        for linear in site.linears:
+            halve(block, linear)
+    walk.finish()
+    return hessians, stream.states[slice(None)].clone(), calls
+
+
+def test_paused_batches_see_what_replayed_ones_see(
+    stream: tuple[BlockStream, nn.Module], tiny: Callable[[str], Path]
+) -> None:
+    entrance = stream[0].states[slice(None)].clone()
+    block = stream[1]
+    originals = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    paused = walked(*stream, memory=None)
+    stream[0].states[slice(None)] = entrance
+    fresh = dense_block(open_source(tiny(stream[0].layout.family.split("-")[0])), 0, CPU)
+    fresh.load_state_dict(originals)
+    replayed = walked(stream[0], fresh, memory=0)
+    for ours, theirs in zip(paused[0], replayed[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(paused[1], replayed[1], rtol=0, atol=0)
+    assert not torch.equal(paused[1], entrance)
+    batches = 3
+    assert paused[2] == batches
+    assert replayed[2] > batches
+
+
+def test_who_waits_at_no_site_goes_on_later(stream: tuple[BlockStream, nn.Module]) -> None:
+    first, *_, last = stream[0].layout.sites
+    walk = Walk(*stream)
+    assert walk.gather(first, hessian=False, whole=False).statistics.count == 4 * 16
+    halve(stream[1], first.linears[0])
+    assert walk.gather(last, hessian=False).statistics.count == 10 * 16
+    walk.close()
+    assert torch.is_grad_enabled()
+
+
+def test_a_site_that_is_never_reached_is_an_error(stream: tuple[BlockStream, nn.Module]) -> None:
+    first, *_, last = stream[0].layout.sites
+    walk = Walk(*stream)
+    walk.gather(last, hessian=False)
+    with pytest.raises(RuntimeError, match="ended before"):
+        walk.gather(first, hessian=False)
+
+
+@pytest.mark.parametrize("steps", [[PRUNE, gptq(0.5)], [{"svd": FACTOR}]], ids=["gptq", "svd"])
+def test_memory_decides_nothing(
+    steps: list[dict[str, Any]], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    made = []
+    for memory in (None, 1):
+        output = tmp_path / str(memory)
+        lmpress.compress(tiny("llama"), recipe(*steps), output, calibration=str(text_file), memory=memory)
+        made.append(shards(output))
+    assert made[0] == made[1]
