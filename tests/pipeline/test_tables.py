@@ -12,7 +12,7 @@ import torch
 import lmpress
 from lmpress.pipeline import load_dense, open_source
 
-SIZE = {"samples": 8, "seq_len": 32}
+SIZE = {"samples": 8, "seq_len": 32, "precision": "float32"}
 
 
 def logits(model: Any, windows: torch.Tensor) -> torch.Tensor:

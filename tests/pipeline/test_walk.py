@@ -103,3 +103,21 @@ def test_memory_decides_nothing(
         lmpress.compress(tiny("llama"), recipe(*steps), output, calibration=str(text_file), memory=memory)
         made.append(shards(output))
     assert made[0] == made[1]
+
+
+def test_products_in_bfloat16(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    steps = {"quantize": {"bits": 4, "solver": "gptq"}}, {"entropy_quantize": {"bits": 4}}
+    for number, step in enumerate(steps):
+        made = []
+        for precision in ("float32", "bfloat16", "bfloat16"):
+            plan = recipe(step)
+            plan["calibration"] = plan["calibration"] | {"precision": precision}
+            output = tmp_path / f"{number}-{len(made)}"
+            done = lmpress.compress(tiny("llama"), plan, output, calibration=str(text_file))
+            made.append((shards(output), done.manifest["modules"]))
+        (full, told), (lower, lower_told), (again, _) = made
+        assert lower == again
+        assert lower != full
+        for name, module in told.items():
+            error = module["relative_output_error"]
+            assert lower_told[name]["relative_output_error"] == pytest.approx(error, rel=0.2, abs=0.02)

@@ -32,13 +32,11 @@ from lmpress.methods.knapsack import solve
 from lmpress.methods.mixed_precision import error_deviations, predicted_losses
 from lmpress.methods.rtn import choose_scale_dtype
 from lmpress.methods.svd_llm import ranks_for_budget, row_weights, spectrum
-from lmpress.pipeline.activations import Spooled
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import Leaf
 from lmpress.pipeline.rewriting import TableMetric, current_form
-from lmpress.pipeline.sensitivity import head_statistics, sensitivities
+from lmpress.pipeline.sensitivity import entrances, head_statistics, sensitivities
 from lmpress.pipeline.stream import BlockStream
-from lmpress.progress import track
 from lmpress.recipes import EntropyQuantize, LeafContext, Pivot, Quantize, Svd
 from lmpress.statistics import InputStatistics
 from lmpress.version import __version__
@@ -261,6 +259,7 @@ def survey_key(plan: Plan, model: str, text: str) -> str | None:
         },
         "tables": plan.weighs_tokens,
         "seed": plan.recipe.seed,
+        "calibration": plan.recipe.calibration.model_dump(mode="json"),
         "dtype": str(plan.dtype),
         "model": model,
         "text": text,
@@ -291,11 +290,6 @@ def survey_budgets(
         RequestError: a budget that cannot be met; it tells the least that can.
     """
     layout, budgets = stream.layout, plan.budgets
-    entrances: list[Spooled] = []
-    for i in track(range(layout.num_blocks), "Survey of the blocks"):
-        entrances.append(Spooled(stream.states, stream.batch, directory))
-        stream.at_block(i)
-        stream.advance(load(i))
     sensitivity: dict[str, Tensor] = {}
     told: dict[int, dict[str, Any]] = {index: {} for index in budgets}
 
@@ -317,14 +311,13 @@ def survey_budgets(
                     known[key] = _deviations(step, inputs[linear])
                 told[index][name] = _outlook(step, weight, known[key], square.to(weight.device))
 
-    if plan.weighs_tokens:
-        tokens, head = head_statistics(outer, layout, stream.windows, stream.states, stream.device)
-        sensitivity |= {TOKENS: tokens, HEAD: head.require_hessian().cpu()}
-    gradients = sensitivities(stream, outer, entrances, load, seen, plan.recipe.seed)
+    with entrances(stream, load, directory, "Survey of the blocks") as entered:
+        if plan.weighs_tokens:
+            tokens, head = head_statistics(outer, layout, stream.windows, stream.states, stream.device)
+            sensitivity |= {TOKENS: tokens, HEAD: head.require_hessian().cpu()}
+        gradients = sensitivities(stream, outer, entered, load, seen, plan.recipe.seed)
     if plan.weighs_tokens:
         sensitivity[LOOKED_UP] = gradients.square().mean((0, 1)) * _multiplier(outer, layout) ** 2
-    for states in entrances:
-        states.close()
     shared = {str(index): _given_out(plan, index, told[index]) for index in budgets}
     return {"tokens": stream.windows.numel(), "budgets": shared}, sensitivity
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmpress.checkpoint import put_forms, stored_names
 from lmpress.families import skeleton
-from lmpress.forms import CompressedLinear, Dense, Form, form_from_description
+from lmpress.forms import CompressedLinear, Dense, Form, LowRank, Pivoted, form_from_description
 from lmpress.pipeline.source import ModelSource
 from lmpress.recipes import in_storage
 
@@ -119,10 +119,12 @@ def _filled(description: Mapping[str, Any], module: str, tensors: dict[str, Tens
 
 
 def running(form: Form) -> Form:
-    """A stored form as the text runs through it: in float32, and as a loaded model would run it."""
-    return form.rewrite(
-        lambda leaf: Dense(leaf.weight.float()) if isinstance(leaf, Dense) else leaf
-    ).resident()
+    """A stored form as the text runs through it: dense in float32, but for the factors of a product."""
+    if isinstance(form, LowRank):
+        return LowRank(running(form.left), running(form.right))
+    if isinstance(form, Pivoted):
+        return Pivoted(running(form.basis), running(form.coefficients), form.index)
+    return Dense(form.dense())
 
 
 def _load(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:

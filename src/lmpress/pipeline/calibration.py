@@ -29,6 +29,17 @@ CALIBRATION = "calibration.safetensors"
 """The token ids that calibration and recovery saw, kept so that evaluation can refuse them."""
 
 
+def products_in(precision: str, device: torch.device) -> torch.dtype:
+    """What the products of the blocks are computed in; `auto` is bfloat16 where the device multiplies it."""
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    made = device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in asked)
+    return torch.bfloat16 if made else torch.float32
+
+
 @dataclass(frozen=True)
 class CalibrationText:
     """Token windows and where they come from.

@@ -63,6 +63,12 @@ class Plan:
         return any(self.recipe.steps[index].weighs_tokens for index in steps)
 
     @property
+    def weighs_positions(self) -> bool:
+        """Whether the moments that a step of the blocks asks for are weighted by position."""
+        wanted = self.recipe.calibration.weighting == "positions"
+        return wanted and any(step.needs_statistics for step in self.recipe.steps)
+
+    @property
     def needs_original(self) -> bool:
         """Whether the dense model has to be run beside the compressed one."""
         inner = (module for name, module in self.modules.items() if name not in self.outer)

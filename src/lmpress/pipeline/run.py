@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from lmpress.checkpoint import read_header, sha256_file, write_tensors
 from lmpress.errors import LmpressError, RequestError
@@ -33,6 +33,7 @@ from lmpress.pipeline.calibration import (
     CalibrationText,
     borrowed_text,
     calibration_text,
+    products_in,
     small_ids,
 )
 from lmpress.pipeline.journal import WORK, Journal
@@ -48,14 +49,19 @@ from lmpress.pipeline.rewriting import rewrite_block, rewrite_early, rewrite_out
 from lmpress.pipeline.source import ModelSource
 from lmpress.pipeline.stream import BlockStream
 from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
-from lmpress.pipeline.surveys import keep_survey, kept_survey
+from lmpress.pipeline.surveys import shared_survey
 from lmpress.pipeline.walk import Walk
+from lmpress.pipeline.weighting import position_weights, weighting_key, weighting_samples
 from lmpress.progress import note, track
 from lmpress.recipes import Recipe
 from lmpress.version import __version__
 
 SENSITIVITY = "sensitivity.safetensors"
 """In the work directory: what the survey of the gradients told, for a resumed run."""
+
+
+WEIGHTS = "weights.safetensors"
+"""In the work directory: how much each position counts."""
 
 
 ATTEMPTS = 2
@@ -95,6 +101,7 @@ class Run:
     options: RunOptions
     plan: Plan = field(init=False)
     journal: Journal = field(init=False)
+    weights: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.plan = make_plan(self.recipe, self.source)
@@ -102,6 +109,7 @@ class Run:
         self.journal = Journal(self.work)
         self.staging = self.journal.staging
         self.device = torch.device(self.options.device)
+        self.precision = products_in(self.recipe.calibration.precision, self.device)
 
     @property
     def fingerprint(self) -> str:
@@ -114,6 +122,7 @@ class Run:
             "model": self.source.fingerprint,
             "recipe": self.recipe.resolved(),
             "calibration": spec,
+            "precision": str(self.precision),
             "version": __version__,
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
@@ -163,6 +172,7 @@ class Run:
         """Compress, and stage the checkpoint in the work directory. Returns its manifest."""
         written = self.options.calibration == "self" and self.plan.recovers
         text = self._text() if self.plan.needs_text or written else None
+        self.weights = self._position_weights(text)
         allocation = self._allocation(text)
         outer = self._outer(allocation)
         widths = self._widths(text)
@@ -260,6 +270,28 @@ class Run:
             return list(survey["widths"])
         return list(entry["survey"]["widths"])
 
+    def _position_weights(self, text: CalibrationText | None) -> dict[str, Tensor]:
+        """How much each position counts at each site; told once, and kept for a resumed run."""
+        if not self.plan.weighs_positions or text is None:
+            return {}
+        path = self.work / WEIGHTS
+        entry = self.journal.find("weighting")
+        if entry is None or not path.is_file() or sha256_file(path) != entry["tensors_sha256"]:
+            part = weighting_samples(*text.windows.shape)
+            key = weighting_key(self.plan, self.source.fingerprint, str(text.record.get("ids_sha256")))
+
+            def told() -> tuple[dict[str, Any], dict[str, Tensor]]:
+                windows = CalibrationText(text.windows[:part], text.record)
+                outer = dense_outer(self.source, self.device)
+                stream = self._stream(windows, outer)
+                weights = position_weights(stream, outer, self._dense, self.work, self.recipe.seed)
+                return {"tokens": windows.windows.numel()}, weights
+
+            facts, weights = shared_survey(self.options.surveys, key, told)
+            write_tensors(path, weights)
+            self.journal.append({"weighting": facts, "tensors_sha256": sha256_file(path)})
+        return load_file(path)
+
     def _allocation(self, text: CalibrationText | None) -> Allocation | None:
         """How the modules share their budgets of bits; decided once, and kept for a resumed run."""
         if not self.plan.budgets and not self.plan.weighs_tokens:
@@ -275,24 +307,19 @@ class Run:
 
     def _surveyed(self, text: CalibrationText, path: Path) -> dict[str, Any]:
         """The survey of the budgets; its tensors go to `path`. One of equal inputs may have been kept."""
-        directory = self.options.surveys
         key = survey_key(self.plan, self.source.fingerprint, str(text.record.get("ids_sha256")))
-        kept = None if directory is None or key is None else kept_survey(directory, key)
-        if kept is not None:
-            write_tensors(path, kept[1])
-            return kept[0]
-        part = survey_samples(text.windows.shape[0])
-        windows = CalibrationText(text.windows[:part], text.record)
-        outer = dense_outer(self.source, self.device)
-        try:
-            survey, sensitivity = survey_budgets(
-                self.plan, self._stream(windows, outer), outer, self._dense, self.work
-            )
-        except ValueError as error:
-            raise LmpressError(f"the survey of the blocks: {error}") from error
+
+        def told() -> tuple[dict[str, Any], dict[str, Tensor]]:
+            part = survey_samples(text.windows.shape[0])
+            windows = CalibrationText(text.windows[:part], text.record)
+            outer = dense_outer(self.source, self.device)
+            try:
+                return survey_budgets(self.plan, self._stream(windows, outer), outer, self._dense, self.work)
+            except ValueError as error:
+                raise LmpressError(f"the survey of the blocks: {error}") from error
+
+        survey, sensitivity = shared_survey(self.options.surveys, key, told)
         write_tensors(path, sensitivity)
-        if directory is not None and key is not None:
-            keep_survey(directory, key, survey, sensitivity)
         return survey
 
     def _outer_model(self) -> Any:
@@ -311,6 +338,8 @@ class Run:
             budget=None if self.options.memory is None else self.options.memory // 4,
             directory=self.work,
             device=self.device,
+            precision=self.precision,
+            weights=self.weights,
         )
 
     def _unpruned(self, index: int) -> nn.Module:
@@ -393,6 +422,7 @@ class Run:
             "calibration": [] if text is None else [text.record],
             "sizes": sizes(self.source, self.staging, plan),
             "survey": None if survey is None else survey["survey"],
+            "weighting": (self.journal.find("weighting") or {}).get("weighting"),
             "allocation": self._told_allocation(),
             "modules": {name: told for entry in entries for name, told in entry["report"].items()},
         }

@@ -9,7 +9,9 @@ and no graph spans more than one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -110,6 +112,7 @@ def squared_gradients(
     entrance: Activations | Spooled,
     gradients: Tensor,
     inputs: Mapping[str, StatisticsAccumulator] | None = None,
+    positions: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Mean squared gradients by the outputs of linears of one block; the gradients go on to its entrance.
 
@@ -118,19 +121,25 @@ def squared_gradients(
         entrance: the hidden states in front of the block, (samples, seq_len, width).
         gradients: by the hidden states behind the block, of this shape; afterwards by those in front.
         inputs: by linear, what gathers its inputs in the same pass.
+        positions: takes, by linear, the squared gradients summed by position, (seq_len,).
 
     Returns:
         by linear, float32 (out,).
     """
     sums: dict[str, Tensor] = {}
-    handles = [block.get_submodule(name).register_forward_hook(_watch(name, sums)) for name in linears]
+    seq_len = stream.windows.shape[1]
+    handles = [
+        block.get_submodule(name).register_forward_hook(_watch(name, sums, positions, seq_len))
+        for name in linears
+    ]
     for name, accumulator in (inputs or {}).items():
-        handles.append(block.get_submodule(name).register_forward_pre_hook(_gather(accumulator)))
+        weights = stream.weights_of(stream.layout.site_of(name))
+        handles.append(block.get_submodule(name).register_forward_pre_hook(_gather(accumulator, weights)))
     tokens = 0
     try:
         for rows in stream.batches():
             states = entrance[rows].to(stream.device).requires_grad_(True)
-            with torch.enable_grad():
+            with stream.forwards(gradients=True):
                 output = stream.call(block, rows, states)
                 (gradient,) = torch.autograd.grad(output, states, gradients[rows].to(output))
             gradients[rows] = gradient.to(gradients)
@@ -141,10 +150,14 @@ def squared_gradients(
     return {name: (total / max(1, tokens)).float().cpu() for name, total in sums.items()}
 
 
-def _watch(name: str, sums: dict[str, Tensor]) -> Callable[..., None]:
+def _watch(
+    name: str, sums: dict[str, Tensor], positions: dict[str, Tensor] | None, seq_len: int
+) -> Callable[..., None]:
     def add(gradient: Tensor) -> None:
-        square = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
-        sums[name] = sums[name] + square if name in sums else square
+        squares = gradient.detach().reshape(-1, seq_len, gradient.shape[-1]).float().square()
+        _add(sums, name, squares.double().sum((0, 1)))
+        if positions is not None:
+            _add(positions, name, squares.sum((0, 2)).double())
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         output.register_hook(add)  # type: ignore[no-untyped-call]
@@ -152,17 +165,38 @@ def _watch(name: str, sums: dict[str, Tensor]) -> Callable[..., None]:
     return hook
 
 
-def _gather(accumulator: StatisticsAccumulator) -> Callable[..., None]:
+def _add(sums: dict[str, Tensor], name: str, more: Tensor) -> None:
+    sums[name] = sums[name] + more if name in sums else more
+
+
+def _gather(accumulator: StatisticsAccumulator, weights: Tensor | None = None) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        accumulator.update(args[0])
+        accumulator.update(args[0], weights=weights)
 
     return hook
+
+
+@contextmanager
+def entrances(
+    stream: BlockStream, load: Callable[[int], nn.Module], directory: Path, label: str
+) -> Iterator[list[Spooled]]:
+    """Run the text through all blocks: the hidden states in front of every one, in files until the end."""
+    kept: list[Spooled] = []
+    try:
+        for i in track(range(stream.layout.num_blocks), label):
+            kept.append(Spooled(stream.states, stream.batch, directory))
+            stream.at_block(i)
+            stream.advance(load(i))
+        yield kept
+    finally:
+        for states in kept:
+            states.close()
 
 
 def sensitivities(
     stream: BlockStream,
     outer: Any,
-    entrances: Sequence[Activations | Spooled],
+    entered: Sequence[Activations | Spooled],
     load: Callable[[int], nn.Module],
     seen: Callable[[int, nn.Module, Mapping[str, Tensor], Mapping[str, InputStatistics]], None],
     seed: int,
@@ -171,7 +205,7 @@ def sensitivities(
 
     Args:
         stream: whose states are those behind the last block.
-        entrances: the hidden states in front of every block.
+        entered: the hidden states in front of every block.
         load: gives the real dense block of an index.
         seen: is called with each block's index, the block, its linears' mean squared gradients, and the
             statistics of their inputs, Hessians and all.
@@ -191,7 +225,7 @@ def sensitivities(
             )
             for name in firsts
         }
-        squares = squared_gradients(stream, block, layout.linears, entrances[i], gradients, inputs)
+        squares = squared_gradients(stream, block, layout.linears, entered[i], gradients, inputs)
         results = {name: accumulator.result() for name, accumulator in inputs.items()}
         seen(i, block, squares, {linear: results[n] for n, s in firsts.items() for linear in s.linears})
     return gradients

@@ -57,6 +57,9 @@ class BlockStream:
         batch: windows that run together.
         budget: bytes of hidden states that may stay in memory.
         directory: where larger ones are spooled.
+        precision: what products inside the blocks are computed in; hidden states are in float32.
+        weights: how much each position of a window counts, (seq_len,) by full name of the site; all alike
+            at the sites that it lacks.
     """
 
     def __init__(
@@ -68,11 +71,15 @@ class BlockStream:
         budget: int | None = None,
         directory: Path | None = None,
         device: torch.device | str = "cpu",
+        precision: torch.dtype = torch.float32,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.layout = source.layout
         self.windows = windows
         self.batch = batch
         self.device = torch.device(device)
+        self.precision = precision
+        self.weights = weights or {}
         self._calls: dict[tuple[int, int], _Call] = {}
         self._enter(outer, budget, directory or Path())
 
@@ -104,7 +111,7 @@ class BlockStream:
 
         def watch(site: Site, last: bool) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                accumulators[site.name].update(args[0])
+                accumulators[site.name].update(args[0], weights=self.weights_of(site))
                 if sum(len(part) for part in samples[site.name]) < SAMPLE_TOKENS:
                     samples[site.name].append(first_rows(args[0]))
                 if last and not advance:
@@ -156,6 +163,10 @@ class BlockStream:
         """Tell which block runs next: blocks of one model may be called differently (masks, positions)."""
         self._index = index
 
+    def weights_of(self, site: Site) -> Tensor | None:
+        """How much each position counts at a site of the block that runs next, (seq_len,)."""
+        return self.weights.get(f"{self.layout.block_name(self._index)}.{site.name}")
+
     def _enter(self, outer: Any, budget: int | None, directory: Path) -> None:
         """Run what stands before the blocks, and learn how the model calls them."""
         shape = (*self.windows.shape, outer.config.hidden_size)
@@ -191,10 +202,20 @@ class BlockStream:
     def run(self, block: nn.Module, rows: slice) -> Tensor | None:
         """What some windows are behind `block`; None where a hook stopped them on the way."""
         try:
-            with torch.no_grad():
+            with self.forwards():
                 return self.call(block, rows, self.states[rows].to(self.device))
         except Stop:
             return None
+
+    @contextmanager
+    def forwards(self, gradients: bool = False) -> Iterator[None]:
+        """What blocks run within: autograd or none, and the precision of the products."""
+        lower = self.precision != torch.float32
+        with (
+            torch.set_grad_enabled(gradients),
+            torch.autocast(self.device.type, dtype=self.precision, enabled=lower),
+        ):
+            yield
 
     def batches(self) -> Iterator[slice]:
         """The windows that run together."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,30 @@ from torch import Tensor
 from lmpress.checkpoint import read_json, sha256_file, write_json, write_tensors
 from lmpress.errors import RequestError
 
+Survey = tuple[dict[str, Any], dict[str, Tensor]]
+"""What the journal keeps, and tensors."""
+
+
+def shared_survey(directory: Path | None, key: str | None, make: Callable[[], Survey]) -> Survey:
+    """What was kept under `key`, else what `make` tells, which is kept; without either, nothing is kept."""
+    if directory is None or key is None:
+        return make()
+    kept = kept_survey(directory, key)
+    if kept is None:
+        kept = make()
+        keep_survey(directory, key, *kept)
+    return kept
+
 
 def keep_survey(directory: Path, key: str, survey: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Keep what `survey_budgets` told under its `survey_key`; the tensors first."""
+    """Keep a survey under the hash of all that decides it; the tensors first."""
     directory.mkdir(parents=True, exist_ok=True)
     told, data = _paths(directory, key)
     write_tensors(data, tensors)
     write_json(told, {"tensors": sha256_file(data), "survey": survey})
 
 
-def kept_survey(directory: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def kept_survey(directory: Path, key: str) -> Survey | None:
     """What was kept under `key`; None for nothing, and where it is torn or damaged."""
     told, data = _paths(directory, key)
     if not told.is_file() or not data.is_file():

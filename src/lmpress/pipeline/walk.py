@@ -63,17 +63,21 @@ class Walk:
         accumulator = StatisticsAccumulator(features, hessian, self.stream.device)
         sample: list[Tensor] = []
         cross = torch.zeros(()) if original is not None else None
+        weights = self.stream.weights_of(site)
         inputs = self._reach(site)
         references: Iterator[Tensor | None] = iter(lambda: None, 0)
         if original is not None:
             references = original._reach(site)
         for x, dense in zip(inputs, references, strict=False):
-            accumulator.update(x)
+            accumulator.update(x, weights=weights)
             if sum(map(len, sample)) < SAMPLE_TOKENS:
                 sample.append(first_rows(x))
             if cross is not None and dense is not None:
                 own, other = (t.reshape(-1, t.shape[-1]).float() for t in (x, dense))
-                cross = cross + ((other if kept is None else other[:, kept]) - own).T @ own
+                strayed = (other if kept is None else other[:, kept]) - own
+                if weights is not None:
+                    strayed *= weights.to(own).repeat(len(own) // len(weights))[:, None]
+                cross = cross + strayed.T @ own
             if not whole:
                 break
         statistics = accumulator.result()
@@ -89,7 +93,7 @@ class Walk:
             if self._runs is None:
                 output = self.stream.run(self._block, rows)
             else:
-                with torch.no_grad():
+                with self.stream.forwards():
                     output = self._runs[i].switch(rows)
             assert output is not None
             self.stream.states[rows] = output
@@ -98,7 +102,7 @@ class Walk:
         """Let go of what waits."""
         if self._runs is None:
             return
-        with torch.no_grad():  # what a forward undoes on its way out is undone within this
+        with self.stream.forwards():  # what a forward undoes on its way out is undone within this
             for run in self._runs:
                 if run:  # started, and not at its end
                     run.throw()
@@ -129,7 +133,7 @@ class Walk:
         module, run = self._module(linear), self._runs[i]
         module.__dict__["forward"] = self._waiting(linear)
         try:
-            with torch.no_grad():
+            with self.stream.forwards():
                 arrived = run.switch(rows)
         finally:
             del module.__dict__["forward"]

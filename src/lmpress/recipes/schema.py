@@ -33,10 +33,21 @@ NEEDS_ANOTHER = (Pivot, Correct)
 
 
 class Calibration(Strict):
-    """How much text the methods look at: `samples` windows of `seq_len` tokens."""
+    """How much text the methods look at: `samples` windows of `seq_len` tokens.
+
+    Attributes:
+        precision: what the blocks' products are computed in while the text runs through them; hidden states,
+            moments and solvers stay in float32. `auto` is bfloat16 where the device is made for it.
+        weighting: how much a token counts in the moments that solvers minimize errors by: all alike with
+            `none`; with `positions` as much as errors at its position in the window cost the model, by the
+            squared gradients of a few windows. The first token of a text, which heads attend to when they
+            attend to nothing, may count a hundredfold.
+    """
 
     samples: Annotated[int, Field(ge=1)] = 64
     seq_len: Annotated[int, Field(ge=2)] = 512
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    weighting: Literal["none", "positions"] = "none"
 
 
 class Recipe(Strict):

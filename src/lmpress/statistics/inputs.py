@@ -12,6 +12,8 @@ from torch import Tensor
 class InputStatistics:
     """Moments of the input x (n,) of a linear layer over `count` tokens, all means and not sums.
 
+    Where tokens were weighted, E is the weighted mean.
+
     Attributes:
         count: tokens seen.
         mean: E[x], (n,).
@@ -100,14 +102,19 @@ class StatisticsAccumulator:
             torch.zeros(features, features, dtype=hessian_dtype, device=device) if hessian else None
         )
 
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             x: (..., n) activations, any floating-point type.
             mask: (...), non-zero where a token counts; None if all do.
+            weights: (tokens,) of the last dimension of tokens, >= 0 and of mean 1: how much each of them
+                counts, in every window alike; not together with a mask.
         """
         x = x.detach().reshape(-1, x.shape[-1])
+        if weights is not None:
+            self._update_weighted(x.to(self._sum.device, torch.float32), weights)
+            return
         if mask is not None:
             x = x[mask.reshape(-1).bool()]
         if not x.shape[0]:
@@ -119,6 +126,19 @@ class StatisticsAccumulator:
             self._sum += part.sum(0)
             self._abs += part.abs().sum(0)
             self._square += part.square().sum(0)
+        self._multiply(x)
+
+    def _update_weighted(self, x: Tensor, weights: Tensor) -> None:
+        counts = weights.to(x).repeat(x.shape[0] // weights.shape[0])  # (rows,)
+        self.count += x.shape[0]
+        self._sum += counts @ x
+        self._abs += counts @ x.abs()
+        x = x * counts.sqrt()[:, None]
+        self._square += x.square().sum(0)
+        self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> None:
+        """Add x^T x to the upper triangle of the products."""
         if self._products is not None:
             for start in range(0, x.shape[1], PANEL):  # the products are symmetric: nothing left of a panel
                 panel = self._products[start : start + PANEL, start:]
