@@ -3,10 +3,12 @@
     python benchmarks/peer.py -o DIR --calibration TEXT --text TEXT [--peer-python PATH]
 
 4 bits, symmetric, groups of 64, all linears of the blocks; embeddings and head stay as they are. Both start
-from one float32 directory and calibrate in float32 on the same 64 x 512 token ids. llm-compressor runs in an
-environment of its own, which is made in DIR unless --peer-python names one, with its defaults (static
-activation order, damping 0.01) and with each weight observer of --observers. Its weights are measured as it
-leaves them, on their grid, with scales in float32; lmpress stores scales, embeddings and norms in 16 bits.
+from one float32 directory and calibrate on the same 64 x 512 token ids. llm-compressor runs in an environment
+of its own, which is made in DIR unless --peer-python names one, in float32, with its defaults (static
+activation order, damping 0.01) and with each weight observer of --observers. lmpress runs twice: on equal terms
+(float32, all tokens alike), and as `gptq-4bit` does (products in bfloat16 where the machine multiplies it,
+positions weighed, a sweep of coordinate descent). The peer's weights are measured as it leaves them, on their
+grid, with scales in float32; lmpress stores scales, embeddings and norms in 16 bits.
 
 Prints one table and its protocol. `seconds` is the time of the call alone: of `oneshot` on a model that is in
 memory, nothing written; of `compress` from files to files. `process` counts imports, loading and saving too.
@@ -107,8 +109,8 @@ Path(draft).write_text(json.dumps({"seconds": done.seconds, "peak": done.peak_re
 """
 
 
-def recipe(samples: int, seq_len: int) -> dict[str, Any]:
-    """lmpress's side of the comparison."""
+def recipes(samples: int, seq_len: int) -> dict[str, dict[str, Any]]:
+    """lmpress's side: on equal terms, and as `gptq-4bit` does it."""
     step = {
         "targets": "linears",
         "bits": BITS,
@@ -117,8 +119,21 @@ def recipe(samples: int, seq_len: int) -> dict[str, Any]:
         "solver": "gptq",
         "clip": True,
     }
-    calibration = {"samples": samples, "seq_len": seq_len}
-    return {"name": "lmpress", "seed": SEED, "calibration": calibration, "steps": [{"quantize": step}]}
+    size = {"samples": samples, "seq_len": seq_len}
+    return {
+        "lmpress": {
+            "name": "equal-terms",
+            "seed": SEED,
+            "calibration": size | {"precision": "float32"},
+            "steps": [{"quantize": step}],
+        },
+        "lmpress gptq-4bit": {
+            "name": "as-shipped",
+            "seed": SEED,
+            "calibration": size | {"weighting": "positions"},
+            "steps": [{"quantize": step | {"sweeps": 1}}],
+        },
+    }
 
 
 def peer_python(given: Path | None, directory: Path) -> Path:
@@ -224,11 +239,11 @@ def main() -> None:
         targets[name] = work / f"peer-{observer}"
         command = [python, script, dense, ids, observer, BITS, GROUP]
         runs[name] = run(command, targets[name]) | {"bits": BITS + 16 / GROUP}  # with scales of 16 bits
-    targets["lmpress"] = own = work / "lmpress"
-    plan = json.dumps(recipe(args.samples, args.seq_len))
-    runs["lmpress"] = run([sys.executable, "-c", OWN, dense, plan, args.calibration], own)
-    if not torch.equal(load_file(own / "calibration.safetensors")["input_ids"].long(), windows):
-        sys.exit("lmpress calibrated on other tokens: the comparison is void")
+    for name, plan in recipes(args.samples, args.seq_len).items():
+        own = targets[name] = work / str(plan["name"])
+        runs[name] = run([sys.executable, "-c", OWN, dense, json.dumps(plan), args.calibration], own)
+        if not torch.equal(load_file(own / "calibration.safetensors")["input_ids"].long(), windows):
+            sys.exit("lmpress calibrated on other tokens: the comparison is void")
     results = evaluate_many(
         {"dense": dense, **targets},
         text=args.text,

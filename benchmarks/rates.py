@@ -3,7 +3,7 @@
     python benchmarks/rates.py -o DIR --c4 FILE --text FILE [--kind bits] [--max-tokens N] [--only NAME ...]
 
 Kinds: `bits`, every way of quantizing at every rate; `structure`, what sparsity and low rank keep at half of
-the parameters, and at equal bytes; `both`, sparsity and bits together against bits alone.
+the parameters, and at equal bytes; `both`, structure and bits together; `all`, everything.
 
 FILE of C4 has a document a line: the last fifth is held back and evaluated on, the rest is calibrated on.
 Prints one table (block bits per weight and bytes of the whole directory, perplexity on both texts relative to
@@ -24,13 +24,14 @@ from lmpress.api import compare
 from lmpress.progress import console
 from lmpress.recipes import load_recipe
 
+WEIGHTED = {"weighting": "positions"}
 COARSE = {"quantize": {"targets": "embeddings", "bits": 8, "granularity": "channel"}}
 
 
 def coded(bits: float) -> dict[str, Any]:
     """Entropy-coded linears at a rate that no shipped recipe has, embeddings as all the others have them."""
-    steps = [{"entropy_quantize": {"targets": "linears", "bits": bits}}, COARSE]
-    return {"name": f"ec-{bits}", "steps": steps}
+    steps = [{"entropy_quantize": {"targets": "linears", "bits": bits, "asymmetry": 0.5}}, COARSE]
+    return {"name": f"ec-{bits}", "calibration": WEIGHTED, "steps": steps}
 
 
 def alone(name: str, step: dict[str, Any]) -> dict[str, Any]:
@@ -39,24 +40,35 @@ def alone(name: str, step: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen(kind: str) -> list[Any]:
-    """The recipes of a table. Those of `bits` have the same embeddings but for `ec-4bit`, as it ships."""
+    """The recipes of a table. Those of `bits` have the same embeddings, 8 bits a row."""
+    if kind == "all":
+        return [recipe for part in ("bits", "structure", "both") for recipe in chosen(part)]
     if kind == "bits":
-        fixed = ["gptq-8bit", "gptq-4bit", "mixed-4bit", "mixed-3bit", "gptq-3bit", "ec-4bit"]
+        fixed = ["gptq-8bit", "gptq-4bit", "mixed-4bit", "mixed-3bit"]
         return [*map(load_recipe, fixed), *map(coded, (6.0, 4.25, 4.0, 3.25, 2.5))]
     if kind == "both":
-        return [load_recipe(n) for n in ("joint-25-4bit", "joint-50-4bit", "sslc-50-4bit", "spq-4bit")]
+        shipped = ("spq", "spq-4bit", "joint-25-4bit", "joint-50-4bit", "sslc-50-4bit")
+        return [*map(load_recipe, shipped), joint_at_eight_bits()]
     fixed = ["sslc-50", "sparsegpt-50", "wanda-50", "sslc-2of4", "sparsegpt-2of4", "wanda-2of4"]
-    magnitude = {"method": "magnitude", "sparsity": 0.5}
     low_rank = {"targets": "linears", "method": "svd_llm"}
     return [
         *map(load_recipe, fixed),
-        alone("magnitude-50", {"sparsify": magnitude}),
+        # published methods take all tokens alike, as their recipes do; `sslc` weighs them, and so does this
+        alone("sparsegpt-50-weighted", {"sparsify": {"sparsity": 0.5}}) | {"calibration": WEIGHTED},
+        alone("magnitude-50", {"sparsify": {"method": "magnitude", "sparsity": 0.5}}),
         alone("magnitude-2of4", {"sparsify": {"method": "magnitude", "pattern": "2:4"}}),
         alone("svd-llm-50", {"svd": low_rank | {"ratio": 0.5}}),
         # half of the weights and a bitmap are 9 bits a weight: what low rank may keep at these bytes
         alone("svd-llm-9-bits", {"svd": low_rank | {"ratio": 0.5625}}),
         alone("svd-llm-9-bits-shared", {"svd": low_rank | {"ratio": 0.5625, "allocation": "sensitivity"}}),
     ]
+
+
+def joint_at_eight_bits() -> dict[str, Any]:
+    """Half of the weights at 8 bits and a bitmap: 5 bits a weight."""
+    joint = {"method": "sparsegpt", "sparsity": 0.5, "bits": 8, "sweeps": 1}
+    plan = {"name": "joint-50-8bit", "calibration": WEIGHTED}
+    return plan | {"steps": [{"sparsify": joint}, COARSE]}
 
 
 def split(path: Path, directory: Path) -> tuple[Path, Path]:
@@ -86,7 +98,7 @@ def main() -> None:
     parser.add_argument("--c4", type=Path, required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--kind", choices=["bits", "structure", "both"], default="bits")
+    parser.add_argument("--kind", choices=["bits", "structure", "both", "all"], default="bits")
     parser.add_argument("--only", nargs="*", help="names of recipes")
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("-o", "--output", type=Path, required=True)
