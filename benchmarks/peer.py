@@ -5,8 +5,8 @@
 4 bits, symmetric, groups of 64, all linears of the blocks; embeddings and head stay as they are. Both start
 from one float32 directory and calibrate on the same 64 x 512 token ids. llm-compressor runs in an environment
 of its own, which is made in DIR unless --peer-python names one, in float32, with its defaults (static
-activation order, damping 0.01) and with each weight observer of --observers. lmpress runs twice: on equal terms
-(float32, all tokens alike), and as `gptq-4bit` does (products in bfloat16 where the machine multiplies it,
+activation order, damping 0.01) and with each weight observer of --observers. lmpress runs twice: on equal
+terms (float32, all tokens alike), and as `gptq-4bit` does (products in bfloat16 where the machine has it,
 positions weighed, a sweep of coordinate descent). The peer's weights are measured as it leaves them, on their
 grid, with scales in float32; lmpress stores scales, embeddings and norms in 16 bits.
 
