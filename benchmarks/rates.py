@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=["bits", "structure", "both", "all"], default="bits")
     parser.add_argument("--only", nargs="*", help="names of recipes")
     parser.add_argument("--throughput", action="store_true")
+    parser.add_argument("--dtype", default="float32", help="that the models are evaluated in")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     calibration, held = split(args.c4, args.output)
@@ -113,10 +114,11 @@ def main() -> None:
         text=[f"file:{args.text}", f"file:{held}"],
         max_tokens=args.max_tokens,
         throughput=args.throughput,
+        dtype=args.dtype,
     )
     dense = result.rows[0].evaluation
-    heads = f"{'wiki':>8} {'c4':>8} {'KL':>7} {'KL c4':>7}"
-    print(f"{'recipe':12} {'bpw':>6} {'bytes':>11} {'ratio':>6} {heads} {'load':>6}")
+    heads = f"{'wiki':>8} {'c4':>9} {'KL':>7} {'KL c4':>7} {'RAM, MB':>8} {'prefill':>7} {'decode':>7}"
+    print(f"{'recipe':21} {'bpw':>6} {'bytes':>11} {'ratio':>6} {heads} {'load':>6} {'made in':>8}")
     for row in result.rows:
         told = row.evaluation
         change = [
@@ -124,10 +126,14 @@ def main() -> None:
             for own, ref in zip(told.texts, dense.texts, strict=True)
         ]
         kl = [f"{text.score.kl:7.4f}" if text.score.kl is not None else " " * 7 for text in told.texts]
+        speed = told.throughput
+        speeds = (None, None) if speed is None else (speed.prefill_ratio, speed.decode_ratio)
+        ratios = " ".join(f"{'':>7}" if x is None else f"{x:6.2f}x" for x in speeds)
         load = "" if row.name == "dense" else f"{seconds_to_load(args.output / row.name):5.1f}s"
         print(
-            f"{row.name:12} {told.bpw:6.3f} {told.bytes_on_disk:11,} {told.ratio:6.3f}  "
-            f"{change[0]:+6.2f}% {change[1]:+6.2f}% {' '.join(kl)} {load:>6}"
+            f"{row.name:21} {told.bpw:6.3f} {told.bytes_on_disk:11,} {told.ratio:6.3f} "
+            f"{change[0]:+7.2f}% {change[1]:+8.2f}% {' '.join(kl)} {told.resident_bytes / 1e6:8.1f} {ratios} "
+            f"{load:>6} {row.seconds or 0:7.0f}s"
         )
     for text in dense.texts:
         console.print(

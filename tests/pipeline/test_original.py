@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import lmpress
 from lmpress.pipeline import Run, open_source
@@ -71,8 +74,37 @@ def test_a_broken_run_goes_on_to_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, text = tiny("llama-untied"), str(text_file)
-    lmpress.compress(model, recipe(*steps), tmp_path / "whole", calibration=text)
+    breaks_and_goes_on(tiny("llama-untied"), recipe(*steps), text_file, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("opt", torch.float16), ("llama", torch.bfloat16)])
+def test_so_it_does_where_norms_and_biases_are_rounded(
+    family: str,
+    dtype: torch.dtype,
+    tiny: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What runs on the way is what is stored: biases that pruning moved, norms in float32."""
+    model = shutil.copytree(tiny(family), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if "norm" in name:  # stays float32, and is no number of 16 bits
+            tensors[name] = tensor + 0.1 * torch.rand(tensor.shape, generator=generator)
+        else:
+            tensors[name] = tensor.to(dtype)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    breaks_and_goes_on(model, recipe(PRUNE, gptq(0.5, "mlp")), text_file, tmp_path, monkeypatch)
+
+
+def breaks_and_goes_on(
+    model: Path, recipe: dict[str, Any], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unbroken run, and one that is interrupted behind its first block and resumed: equal bytes."""
+    text = str(text_file)
+    lmpress.compress(model, recipe, tmp_path / "whole", calibration=text)
     finish = Run._finish
 
     def breaks(self: Run, number: int, *rest: Any) -> dict[str, Any]:
@@ -83,8 +115,8 @@ def test_a_broken_run_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_finish", breaks)
         with pytest.raises(KeyboardInterrupt):
-            lmpress.compress(model, recipe(*steps), tmp_path / "broken", calibration=text)
-    lmpress.compress(model, recipe(*steps), tmp_path / "broken", calibration=text, resume=True)
+            lmpress.compress(model, recipe, tmp_path / "broken", calibration=text)
+    lmpress.compress(model, recipe, tmp_path / "broken", calibration=text, resume=True)
     assert shards(tmp_path / "broken") == shards(tmp_path / "whole")
 
 

@@ -18,8 +18,26 @@ from lmpress.pipeline.rewriting import set_form
 from lmpress.pipeline.stream import BlockStream
 from lmpress.pipeline.walk import Walk
 from tests.pipeline.test_original import FACTOR, PRUNE, gptq, recipe, shards
+from tests.tiny import TINY
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_the_first_linear_of_a_site_is_called_first(family: str, tiny: Callable[[str], Path]) -> None:
+    """A batch that waits in front of it has called none of the others."""
+    source = open_source(tiny(family))
+    windows = torch.randint(0, source.config.vocab_size, (2, 8))
+    stream, called = BlockStream(source, dense_outer(source, CPU), windows), []
+    stream.at_block(0)
+    block = dense_block(source, 0, CPU)
+    for linear in source.layout.linears:
+        block.get_submodule(linear).register_forward_pre_hook(
+            lambda module, args, linear=linear: called.append(linear)
+        )
+    stream.advance(block)
+    for site in source.layout.sites:
+        assert min(map(called.index, site.linears)) == called.index(site.linears[0])
 
 
 @pytest.fixture(params=["llama", "opt"])

@@ -99,6 +99,18 @@ def test_weighted_moments() -> None:
     torch.testing.assert_close(told.require_hessian(), told.require_hessian().T, rtol=0, atol=0)
 
 
+def test_moments_are_in_float32_whatever_the_forward_is_in() -> None:
+    x, weights = torch.randn(4, 8, 32), torch.ones(8)
+    found = []
+    for lower in (False, True):
+        accumulator = StatisticsAccumulator(32, hessian=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lower):
+            accumulator.update(x, weights=weights)
+        found.append(accumulator.result())
+    for one, other in zip(vars(found[0]).values(), vars(found[1]).values(), strict=True):
+        assert one == other if isinstance(one, int) else torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     "steps",
     [[PRUNE, gptq(0.5)], [{"entropy_quantize": {"bits": 4}}]],

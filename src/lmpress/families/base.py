@@ -13,7 +13,7 @@ class Site:
 
     Attributes:
         name: "qkv", "o", "gate_up" or "down"; "gate_up" of an MLP without a gate is its first linear alone.
-        linears: names relative to the block, such as "self_attn.q_proj".
+        linears: names relative to the block, such as "self_attn.q_proj"; the first of them is called first.
     """
 
     name: str

@@ -144,7 +144,7 @@ class CompressedLinear(FormHolder, nn.Linear):
             y = cast(Tensor, _FrozenProduct.apply(input, form, run))  # type: ignore[no-untyped-call]
         else:
             y = run(form, input)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def reset_parameters(self) -> None:
         """Nothing to draw: a form comes with its tensors."""

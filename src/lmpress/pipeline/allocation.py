@@ -243,12 +243,13 @@ def _coded(form: Form) -> tuple[int, int]:
     return bits, weights
 
 
-def survey_key(plan: Plan, model: str, text: str) -> str | None:
+def survey_key(plan: Plan, model: str, text: str, precision: torch.dtype) -> str | None:
     """What a survey depends on, hashed, if other recipes can share it: curves of rates hold at every target.
 
     Args:
         model: the fingerprint of the source.
         text: of the calibration windows.
+        precision: that products are computed in.
     """
     steps = {index: plan.recipe.steps[index] for index in plan.budgets}
     if not all(isinstance(step, EntropyQuantize) for step in steps.values()):
@@ -259,6 +260,7 @@ def survey_key(plan: Plan, model: str, text: str) -> str | None:
         },
         "tables": plan.weighs_tokens,
         "seed": plan.recipe.seed,
+        "precision": str(precision),
         "calibration": plan.recipe.calibration.model_dump(mode="json"),
         "dtype": str(plan.dtype),
         "model": model,

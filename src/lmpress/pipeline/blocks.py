@@ -57,7 +57,8 @@ def restored_block(
 ) -> nn.Module:
     """Block `index` as its shard tells, computing in float32."""
     name = source.layout.block_name(index) + "."
-    tensors = {key.removeprefix(name): tensor for key, tensor in load_file(shard).items()}
+    stored = load_file(shard, device=str(device))
+    tensors = {key.removeprefix(name): tensor for key, tensor in stored.items()}
     block = copy.deepcopy(source.skeleton.get_submodule(name[:-1]))
     for module, description in plan.items():
         linear = module.removeprefix(name)

@@ -66,7 +66,10 @@ class Plan:
     def weighs_positions(self) -> bool:
         """Whether the moments that a step of the blocks asks for are weighted by position."""
         wanted = self.recipe.calibration.weighting == "positions"
-        return wanted and any(step.needs_statistics for step in self.recipe.steps)
+        inner = {i for name, m in self.modules.items() if name not in self.outer for i in m.steps}
+        if self.neurons is not None:
+            inner.add(self.neurons)
+        return wanted and any(self.recipe.steps[index].needs_statistics for index in inner)
 
     @property
     def needs_original(self) -> bool:

@@ -48,6 +48,7 @@ def rewrite_block(
     width: int | None,
     shares: Mapping[str, LeafContext] | None = None,
     original: Walk | None = None,
+    rest: torch.dtype = torch.float32,
 ) -> BlockResult:
     """Apply the plan to one block, in place.
 
@@ -59,13 +60,14 @@ def rewrite_block(
         width: neurons to keep, or None.
         shares: by full name, what the modules of the block have of a budget that they share.
         original: the same of the dense model; None where no step needs it.
+        rest: what norms and biases are stored in.
     """
     result = BlockResult()
-    _settle(block, name, layout, plan)
+    _settle(block, name, layout, plan, rest)
     prune = plan.recipe.steps[plan.neurons] if plan.neurons is not None else None
     for site in layout.sites:
         if isinstance(prune, PruneNeurons) and width is not None and layout.neurons.inputs[0] in site.linears:
-            _prune(block, name, layout, plan, None if walk is None else walk.stream, width, result)
+            _prune(block, name, layout, plan, None if walk is None else walk.stream, width, result, rest)
         modules = {linear: plan.modules[f"{name}.{linear}"] for linear in site.linears}
         if any(module.steps for module in modules.values()):
             _rewrite_site(block, name, layout, site, modules, plan, walk, shares or {}, original, result)
@@ -186,6 +188,7 @@ def _prune(
     stream: BlockStream | None,
     width: int,
     result: BlockResult,
+    rest: torch.dtype,
 ) -> None:
     neurons, step = layout.neurons, plan.recipe.steps[plan.neurons or 0]
     assert isinstance(step, PruneNeurons)
@@ -226,7 +229,9 @@ def _prune(
             current_form(module).dense()[choice.keep],
             None if its_bias is None else its_bias.data[choice.keep],
         )
-    shifted = None if bias is None or choice.bias_delta is None else bias.data + choice.bias_delta.to(bias)
+    shifted = None
+    if bias is not None and choice.bias_delta is not None:
+        shifted = (bias.data + choice.bias_delta.to(bias)).to(rest).to(bias)
     hold(neurons.output, choice.output, shifted)
     result.report["neurons"] = choice.report
 
@@ -240,13 +245,15 @@ def store(form: Form, dtype: torch.dtype) -> Form:
     return form.rewrite(rewriter)
 
 
-def _settle(block: nn.Module, name: str, layout: Layout, plan: Plan) -> None:
-    """Give every linear that no step touches the value that will be stored."""
-    for linear in layout.linears:
-        module = block.get_submodule(linear)
-        if not plan.modules[f"{name}.{linear}"].steps:
-            weight = cast(nn.Parameter, module.weight)
-            weight.data = in_storage(weight.data, plan.dtype).to(weight.dtype)
+def _settle(block: nn.Module, name: str, layout: Layout, plan: Plan, rest: torch.dtype) -> None:
+    """Give what no step touches, norms and biases among it, the value that will be stored."""
+    weights = {f"{linear}.weight": linear for linear in layout.linears}
+    for key, parameter in block.named_parameters():
+        linear = weights.get(key)
+        if linear is None:
+            parameter.data = parameter.data.to(rest).to(parameter.dtype)
+        elif not plan.modules[f"{name}.{linear}"].steps:
+            parameter.data = in_storage(parameter.data, plan.dtype).to(parameter.dtype)
 
 
 def _run_as_restored(block: nn.Module, linear: str, form: Form) -> None:

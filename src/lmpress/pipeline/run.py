@@ -45,12 +45,12 @@ from lmpress.pipeline.output import (
     finished_fingerprint,
 )
 from lmpress.pipeline.plan import Plan, make_plan
-from lmpress.pipeline.rewriting import rewrite_block, rewrite_early, rewrite_outer
+from lmpress.pipeline.rewriting import BlockResult, rewrite_block, rewrite_early, rewrite_outer
 from lmpress.pipeline.source import ModelSource
 from lmpress.pipeline.stream import BlockStream
 from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
 from lmpress.pipeline.surveys import shared_survey
-from lmpress.pipeline.walk import Walk
+from lmpress.pipeline.walk import IN_FLIGHT, Walk
 from lmpress.pipeline.weighting import position_weights, weighting_key, weighting_samples
 from lmpress.progress import note, track
 from lmpress.recipes import Recipe
@@ -122,7 +122,7 @@ class Run:
             "model": self.source.fingerprint,
             "recipe": self.recipe.resolved(),
             "calibration": spec,
-            "precision": str(self.precision),
+            "precision": str(self.precision) if self.plan.needs_text else None,
             "version": __version__,
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
@@ -151,7 +151,7 @@ class Run:
                 return False
             if found is not None or finished is not None:
                 raise RequestError(
-                    f"{self.output} holds a run of another model, recipe, calibration or version; "
+                    f"{self.output} holds a run of another model, recipe, calibration, precision or version; "
                     "name another directory, or overwrite it with --force"
                 )
             if not self.options.force:
@@ -278,7 +278,9 @@ class Run:
         entry = self.journal.find("weighting")
         if entry is None or not path.is_file() or sha256_file(path) != entry["tensors_sha256"]:
             part = weighting_samples(*text.windows.shape)
-            key = weighting_key(self.plan, self.source.fingerprint, str(text.record.get("ids_sha256")))
+            key = weighting_key(
+                self.plan, self.source.fingerprint, str(text.record.get("ids_sha256")), self.precision
+            )
 
             def told() -> tuple[dict[str, Any], dict[str, Tensor]]:
                 windows = CalibrationText(text.windows[:part], text.record)
@@ -307,7 +309,9 @@ class Run:
 
     def _surveyed(self, text: CalibrationText, path: Path) -> dict[str, Any]:
         """The survey of the budgets; its tensors go to `path`. One of equal inputs may have been kept."""
-        key = survey_key(self.plan, self.source.fingerprint, str(text.record.get("ids_sha256")))
+        key = survey_key(
+            self.plan, self.source.fingerprint, str(text.record.get("ids_sha256")), self.precision
+        )
 
         def told() -> tuple[dict[str, Any], dict[str, Tensor]]:
             part = survey_samples(text.windows.shape[0])
@@ -361,32 +365,57 @@ class Run:
         last: bool,
     ) -> None:
         """Rewrite one block and store it. The streams (compressed, dense) go through it, but for the last."""
-        layout = self.source.layout
-        name, past = layout.block_name(index), self.journal.blocks()
-        linears = [f"{name}.{linear}" for linear in layout.linears]
         rates: dict[str, Any] = {}
+        made: tuple[nn.Module, BlockResult] | None = None
         for attempt in range(1, ATTEMPTS + 1):
-            block = self._dense(index)
-            shares = {} if allocation is None else allocation.shares(linears, past, rates)
-            with self._walks(index, block, streams) as (walk, original):
-                try:
-                    result = rewrite_block(block, name, layout, self.plan, walk, width, shares, original)
-                except ValueError as error:
-                    raise LmpressError(f"{name}: {error}") from error
-                if allocation is not None:
-                    forms = {f"{name}.{linear}": form for linear, form in result.forms.items()}
-                    rates = allocation.rates(forms, shares)
-                settled = allocation is None or attempt == ATTEMPTS or allocation.settled(rates, past)
-                for each in filter(None, (walk, original)):
-                    if settled and not last:
-                        each.finish()
-            if settled:
+            final = attempt == ATTEMPTS
+            made = self._attempt(index, streams, width, allocation, rates, final=final, last=last)
+            if made is not None:
                 break
+        assert made is not None
+        block, result = made
+        name = self.source.layout.block_name(index)
         stored = block_tensors(self.source, index, block, self.plan.dtype)
         plan = {f"{name}.{linear}": form.describe() for linear, form in result.forms.items()}
         report = {f"{name}.{linear}": told for linear, told in result.report.items()}
         entry = {"block": index, "plan": plan, "report": report}
         self._finish(index + 1, stored, entry | ({"rates": rates} if rates else {}))
+
+    def _attempt(
+        self,
+        index: int,
+        streams: tuple[BlockStream | None, BlockStream | None],
+        width: int | None,
+        allocation: Allocation | None,
+        rates: dict[str, Any],
+        final: bool,
+        last: bool,
+    ) -> tuple[nn.Module, BlockResult] | None:
+        """A rewritten block, through which the streams have gone; None where its bits were predicted badly.
+
+        Args:
+            rates: what the attempt before took of each budget; afterwards what this one took.
+            final: take it as it comes.
+        """
+        layout = self.source.layout
+        name, past = layout.block_name(index), self.journal.blocks()
+        linears = [f"{name}.{linear}" for linear in layout.linears]
+        shares = {} if allocation is None else allocation.shares(linears, past, rates)
+        block, rest = self._dense(index), self.source.dtype
+        with self._walks(index, block, streams) as (walk, original):
+            try:
+                result = rewrite_block(block, name, layout, self.plan, walk, width, shares, original, rest)
+            except ValueError as error:
+                raise LmpressError(f"{name}: {error}") from error
+            if allocation is not None:
+                forms = {f"{name}.{linear}": form for linear, form in result.forms.items()}
+                rates.update(allocation.rates(forms, shares))
+                if not final and not allocation.settled(rates, past):
+                    return None
+            for each in filter(None, (walk, original)):
+                if not last:
+                    each.finish()
+        return block, result
 
     @contextmanager
     def _walks(
@@ -394,7 +423,10 @@ class Run:
     ) -> Iterator[tuple[Walk | None, Walk | None]]:
         """The texts on their way through one block: the compressed model's, and the dense one's."""
         stream, dense = streams
-        memory = None if self.options.memory is None else self.options.memory // (4 if dense is None else 8)
+        memory = IN_FLIGHT if self.options.memory is None else self.options.memory // 4
+        if self.device.type != "cpu":
+            memory = min(memory, IN_FLIGHT)  # the limit is the host's, and batches wait on the device
+        memory //= 1 if dense is None else 2
         walk = None if stream is None else Walk(stream, block, memory)
         original = None if dense is None else Walk(dense, self._dense(index), memory)
         try:

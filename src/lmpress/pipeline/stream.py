@@ -75,6 +75,7 @@ class BlockStream:
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.layout = source.layout
+        self.config = source.config
         self.windows = windows
         self.batch = batch
         self.device = torch.device(device)

@@ -22,7 +22,7 @@ from lmpress.statistics import StatisticsAccumulator
 IN_FLIGHT = 2 << 30
 """Bytes that paused batches may hold where no limit was given."""
 
-RESIDUALS = 3
+RESIDUALS = 4
 """Tensors of the width of the model that a paused batch holds, about, beside the input of the site."""
 
 
@@ -103,10 +103,9 @@ class Walk:
         if self._runs is None:
             return
         with self.stream.forwards():  # what a forward undoes on its way out is undone within this
-            for run in self._runs:
-                if run:  # started, and not at its end
-                    run.throw()
-        self._runs = []
+            runs, self._runs = self._runs, []
+            for run in filter(None, runs):  # started, and not at its end
+                run.throw()
 
     def _reach(self, site: Site) -> Iterator[Tensor]:
         """The inputs of a site, batch by batch, as they arrive; what is not asked for stays behind."""
@@ -164,6 +163,10 @@ class Walk:
 
 def _held(stream: BlockStream, block: nn.Module) -> int:
     """About how many bytes all batches hold while they wait in front of the widest site."""
-    widest = max(int(block.get_submodule(s.linears[0]).in_features) for s in stream.layout.sites)  # type: ignore[arg-type]
+    linears: list[Any] = [block.get_submodule(linear) for linear in stream.layout.linears]
+    widest = max(int(linear.in_features) for linear in linears)
     samples, tokens, width = stream.states.shape
-    return 4 * samples * tokens * (RESIDUALS * width + widest)
+    held = RESIDUALS * width + widest
+    if getattr(stream.config, "_attn_implementation", "") == "eager":  # weights stay until the block ends
+        held += int(stream.config.num_attention_heads) * tokens
+    return 4 * samples * tokens * held

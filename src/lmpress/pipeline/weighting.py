@@ -36,14 +36,16 @@ def weighting_samples(samples: int, seq_len: int) -> int:
     return min(samples, max(WINDOWS, -(-TOKENS // seq_len)))
 
 
-def weighting_key(plan: Plan, model: str, text: str) -> str:
+def weighting_key(plan: Plan, model: str, text: str, precision: torch.dtype) -> str:
     """What the weights depend on, hashed.
 
     Args:
         model: the fingerprint of the source.
         text: of the calibration windows.
+        precision: that products are computed in.
     """
     told = {
+        "precision": str(precision),
         "weighting": plan.recipe.calibration.model_dump(mode="json"),
         "seed": plan.recipe.seed,
         "model": model,

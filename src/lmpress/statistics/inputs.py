@@ -111,7 +111,10 @@ class StatisticsAccumulator:
             weights: (tokens,) of the last dimension of tokens, >= 0 and of mean 1: how much each of them
                 counts, in every window alike; not together with a mask.
         """
-        x = x.detach().reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):  # hooks run in the precision of the forward
+            self._update(x.detach().reshape(-1, x.shape[-1]), mask, weights)
+
+    def _update(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
         if weights is not None:
             self._update_weighted(x.to(self._sum.device, torch.float32), weights)
             return
@@ -131,10 +134,12 @@ class StatisticsAccumulator:
     def _update_weighted(self, x: Tensor, weights: Tensor) -> None:
         counts = weights.to(x).repeat(x.shape[0] // weights.shape[0])  # (rows,)
         self.count += x.shape[0]
-        self._sum += counts @ x
-        self._abs += counts @ x.abs()
         x = x * counts.sqrt()[:, None]
-        self._square += x.square().sum(0)
+        for first in range(0, len(x), ROWS):
+            part, roots = x[first : first + ROWS], counts[first : first + ROWS].sqrt()
+            self._sum += roots @ part
+            self._abs += roots @ part.abs()
+            self._square += part.square().sum(0)
         self._multiply(x)
 
     def _multiply(self, x: Tensor) -> None:
