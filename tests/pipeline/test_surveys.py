@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmpress.pipeline import CALIBRATION, Run, RunOptions, open_source, run
+from lmpress.pipeline import CALIBRATION, Run, RunOptions, beforehand, open_source
 from lmpress.pipeline.calibration import borrowed_text
 from lmpress.pipeline.surveys import keep_survey, kept_survey
 from lmpress.recipes import parse_recipe
@@ -41,13 +41,13 @@ def test_recipes_of_other_bits_share_a_survey(
     tiny: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[int] = []
-    survey = run.survey_budgets
+    survey = beforehand.survey_budgets
 
     def counted(*given: Any) -> Any:
         looks.append(1)
         return survey(*given)
 
-    monkeypatch.setattr(run, "survey_budgets", counted)
+    monkeypatch.setattr(beforehand, "survey_budgets", counted)
 
     def shards(name: str, bits: float, surveys: Path | None) -> dict[str, bytes]:
         options = RunOptions(str(text_file), surveys=surveys)

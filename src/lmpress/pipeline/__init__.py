@@ -13,7 +13,8 @@ from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.output import finish_publication
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.prediction import ModulePlan
-from lmpress.pipeline.run import Run, RunOptions, sizes
+from lmpress.pipeline.run import Run, sizes
+from lmpress.pipeline.setting import RunOptions
 from lmpress.pipeline.source import GgufSource, ModelSource, SafetensorsSource, open_source
 from lmpress.pipeline.stream import BlockStream, Gathered
 

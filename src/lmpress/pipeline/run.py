@@ -10,32 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from lmpress.checkpoint import read_header, sha256_file, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
-from lmpress.pipeline.allocation import Allocation, rates_of, survey_budgets, survey_key
+from lmpress.pipeline.allocation import Allocation, rates_of
 from lmpress.pipeline.assemble import assemble, discard
+from lmpress.pipeline.beforehand import Beforehand
 from lmpress.pipeline.blocks import (
     Descriptions,
     block_tensors,
-    dense_block,
-    dense_outer,
     outer_tensors,
     restored_block,
     restored_outer,
 )
-from lmpress.pipeline.calibration import (
-    CALIBRATION,
-    CalibrationText,
-    borrowed_text,
-    calibration_text,
-    products_in,
-    small_ids,
-)
+from lmpress.pipeline.calibration import CalibrationText
 from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.output import (
     check_empty,
@@ -45,50 +35,17 @@ from lmpress.pipeline.output import (
     finished_fingerprint,
 )
 from lmpress.pipeline.plan import Plan, make_plan
-from lmpress.pipeline.rewriting import BlockResult, rewrite_block, rewrite_early, rewrite_outer
+from lmpress.pipeline.rewriting import BlockResult, rewrite_block, rewrite_outer
+from lmpress.pipeline.setting import RunOptions, Setting
 from lmpress.pipeline.source import ModelSource
 from lmpress.pipeline.stream import BlockStream
-from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
-from lmpress.pipeline.surveys import shared_survey
 from lmpress.pipeline.walk import IN_FLIGHT, Walk
-from lmpress.pipeline.weighting import position_weights, weighting_key, weighting_samples
 from lmpress.progress import note, track
 from lmpress.recipes import Recipe
 from lmpress.version import __version__
 
-SENSITIVITY = "sensitivity.safetensors"
-"""In the work directory: what the survey of the gradients told, for a resumed run."""
-
-
-WEIGHTS = "weights.safetensors"
-"""In the work directory: how much each position counts."""
-
-
 ATTEMPTS = 2
 """A block whose bits were predicted badly is done again, once."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run goes, but for what decides its result.
-
-    Attributes:
-        calibration: a corpus name, a file, several joined by commas, or `self`.
-        device: where the mathematics happens.
-        memory: bytes that the run may use for hidden states, None for no limit.
-        resume: go on where an interrupted run stopped.
-        force: overwrite an earlier checkpoint.
-        lenders: checkpoints of the same model that may lend the text that `self` would write again.
-        surveys: where surveys that several recipes can share are kept; None to keep none.
-    """
-
-    calibration: str = "self"
-    device: str = "cpu"
-    memory: int | None = None
-    resume: bool = False
-    force: bool = False
-    lenders: tuple[Path, ...] = ()
-    surveys: Path | None = None
 
 
 @dataclass
@@ -101,15 +58,14 @@ class Run:
     options: RunOptions
     plan: Plan = field(init=False)
     journal: Journal = field(init=False)
-    weights: dict[str, Tensor] = field(init=False, default_factory=dict)
+    setting: Setting = field(init=False)
 
     def __post_init__(self) -> None:
         self.plan = make_plan(self.recipe, self.source)
         self.work = self.output / WORK
         self.journal = Journal(self.work)
         self.staging = self.journal.staging
-        self.device = torch.device(self.options.device)
-        self.precision = products_in(self.recipe.calibration.precision, self.device)
+        self.setting = Setting(self.source, self.recipe, self.plan, self.options, self.work)
 
     @property
     def fingerprint(self) -> str:
@@ -122,7 +78,7 @@ class Run:
             "model": self.source.fingerprint,
             "recipe": self.recipe.resolved(),
             "calibration": spec,
-            "precision": str(self.precision) if self.plan.needs_text else None,
+            "precision": str(self.setting.precision) if self.plan.needs_text else None,
             "version": __version__,
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
@@ -171,17 +127,19 @@ class Run:
     def execute(self) -> dict[str, Any]:
         """Compress, and stage the checkpoint in the work directory. Returns its manifest."""
         written = self.options.calibration == "self" and self.plan.recovers
-        text = self._text() if self.plan.needs_text or written else None
-        self.weights = self._position_weights(text)
-        allocation = self._allocation(text)
+        ask = Beforehand(self.setting, self.journal)
+        text = ask.text() if self.plan.needs_text or written else None
+        weights = ask.weights(text)
+        allocation = ask.allocation(text, weights)
         outer = self._outer(allocation)
-        widths = self._widths(text)
+        widths = ask.widths(text, self._outer_model, weights)
         done = {entry["block"]: entry for entry in self.journal.blocks()}
         streamed = self.plan.needs_text and len(done) < self.source.layout.num_blocks
-        stream = self._stream(text) if streamed and text is not None else None
-        dense = None
-        if streamed and text is not None and self.plan.needs_original:
-            dense = self._stream(text, dense_outer(self.source, self.device))
+        stream = dense = None
+        if streamed and text is not None:
+            stream = self.setting.stream(text, self._outer_model(), weights)
+            if self.plan.needs_original:
+                dense = self.setting.stream(text, self.setting.dense_outer(), weights)
         blocks = self.source.layout.num_blocks
         streams = stream, dense
         for i in track(range(blocks), f"Compressing {self.source.name} with {self.recipe.name}"):
@@ -192,45 +150,12 @@ class Run:
                 self._block(i, streams, width, allocation, last=i + 1 == blocks)
                 continue
             if dense is not None:
-                dense.advance(self._dense(i))
+                dense.advance(self.setting.dense_block(i))
             if stream is not None:
                 shard = self.staging / done[i]["file"]
-                stream.advance(restored_block(self.source, i, shard, done[i]["plan"], self.device))
+                stream.advance(restored_block(self.source, i, shard, done[i]["plan"], self.setting.device))
         entries = [outer, *self.journal.blocks()]
         return self._assemble(entries, text)
-
-    def _text(self) -> CalibrationText:
-        """The calibration windows; made once, kept for a resumed run and for the manifest."""
-        path = self.staging / CALIBRATION
-        entry = self.journal.find("calibration")
-        if entry is not None and path.is_file():
-            return CalibrationText(load_file(path)["input_ids"].long(), entry["calibration"])
-        wanted = self.recipe.calibration
-        size = wanted.samples, wanted.seq_len, self.recipe.seed
-        text = None
-        if self.options.calibration == "self":
-            text = borrowed_text(self.options.lenders, self.source, *size)
-        if text is None:
-            text = calibration_text(self.options.calibration, self.source, *size, self.options.device)
-        self._warn_of_few(text.windows.numel())
-        write_tensors(path, {"input_ids": small_ids(text.windows)})
-        self.journal.append({"calibration": text.record})
-        return text
-
-    def _warn_of_few(self, tokens: int) -> None:
-        """Tell of Hessians that so few tokens leave singular: damping decides what they do not span."""
-        steps = self.recipe.steps
-        wide = [
-            module.shape[1]
-            for name, module in self.plan.modules.items()
-            if name not in self.plan.outer and any(steps[i].needs_hessian for i in module.steps)
-        ]
-        if wide and tokens < max(wide):
-            note(
-                f"Calibration has {tokens} tokens, and some Hessians have {max(wide)} inputs: with fewer "
-                "tokens than inputs they are singular, and unseen text will fare worse; raise samples or "
-                "seq_len"
-            )
 
     def _outer(self, allocation: Allocation | None) -> dict[str, Any]:
         """Embeddings, last norm and head: rewritten and stored first, for the stream begins with them."""
@@ -254,107 +179,10 @@ class Run:
         plan = {name: form.describe() for name, form in forms.items()}
         return self._finish(0, stored, {"outer": True, "plan": plan, "report": report})
 
-    def _widths(self, text: CalibrationText | None) -> list[int] | None:
-        if not needs_survey(self.plan):
-            return uniform_widths(self.plan, self.source)
-        entry = self.journal.find("survey")
-        if entry is None:
-            assert text is not None
-            part = survey_samples(text.windows.shape[0])
-            stream = self._stream(CalibrationText(text.windows[:part], text.record))
-            try:
-                survey = survey_widths(self.plan, self.source, stream, self._unpruned)
-            except ValueError as error:
-                raise LmpressError(f"the survey of the blocks: {error}") from error
-            self.journal.append({"survey": survey})
-            return list(survey["widths"])
-        return list(entry["survey"]["widths"])
-
-    def _position_weights(self, text: CalibrationText | None) -> dict[str, Tensor]:
-        """How much each position counts at each site; told once, and kept for a resumed run."""
-        if not self.plan.weighs_positions or text is None:
-            return {}
-        path = self.work / WEIGHTS
-        entry = self.journal.find("weighting")
-        if entry is None or not path.is_file() or sha256_file(path) != entry["tensors_sha256"]:
-            part = weighting_samples(*text.windows.shape)
-            key = weighting_key(
-                self.plan, self.source.fingerprint, str(text.record.get("ids_sha256")), self.precision
-            )
-
-            def told() -> tuple[dict[str, Any], dict[str, Tensor]]:
-                windows = CalibrationText(text.windows[:part], text.record)
-                outer = dense_outer(self.source, self.device)
-                stream = self._stream(windows, outer)
-                weights = position_weights(stream, outer, self._dense, self.work, self.recipe.seed)
-                return {"tokens": windows.windows.numel()}, weights
-
-            facts, weights = shared_survey(self.options.surveys, key, told)
-            write_tensors(path, weights)
-            self.journal.append({"weighting": facts, "tensors_sha256": sha256_file(path)})
-        return load_file(path)
-
-    def _allocation(self, text: CalibrationText | None) -> Allocation | None:
-        """How the modules share their budgets of bits; decided once, and kept for a resumed run."""
-        if not self.plan.budgets and not self.plan.weighs_tokens:
-            return None
-        path = self.work / SENSITIVITY
-        entry = self.journal.find("allocation")
-        if entry is None or not path.is_file() or sha256_file(path) != entry["tensors_sha256"]:
-            assert text is not None
-            survey = self._surveyed(text, path)
-            entry = {"allocation": survey, "tensors_sha256": sha256_file(path)}
-            self.journal.append(entry)
-        return Allocation.from_entry(entry["allocation"], load_file(path), self.plan)
-
-    def _surveyed(self, text: CalibrationText, path: Path) -> dict[str, Any]:
-        """The survey of the budgets; its tensors go to `path`. One of equal inputs may have been kept."""
-        key = survey_key(
-            self.plan, self.source.fingerprint, str(text.record.get("ids_sha256")), self.precision
-        )
-
-        def told() -> tuple[dict[str, Any], dict[str, Tensor]]:
-            part = survey_samples(text.windows.shape[0])
-            windows = CalibrationText(text.windows[:part], text.record)
-            outer = dense_outer(self.source, self.device)
-            try:
-                return survey_budgets(self.plan, self._stream(windows, outer), outer, self._dense, self.work)
-            except ValueError as error:
-                raise LmpressError(f"the survey of the blocks: {error}") from error
-
-        survey, sensitivity = shared_survey(self.options.surveys, key, told)
-        write_tensors(path, sensitivity)
-        return survey
-
     def _outer_model(self) -> Any:
         entry = self.journal.find("outer")
         assert entry is not None
-        return restored_outer(self.source, self.staging / entry["file"], entry["plan"], self.device)
-
-    def _stream(self, text: CalibrationText, outer: Any = None) -> BlockStream:
-        """The text in front of the first block, behind the compressed embedding or that of `outer`."""
-        tokens = text.windows.shape[1]
-        return BlockStream(
-            self.source,
-            outer or self._outer_model(),
-            text.windows,
-            batch=max(1, 4096 // tokens),
-            budget=None if self.options.memory is None else self.options.memory // 4,
-            directory=self.work,
-            device=self.device,
-            precision=self.precision,
-            weights=self.weights,
-        )
-
-    def _unpruned(self, index: int) -> nn.Module:
-        """A block as the pruning will find it, as far as that can be told without text."""
-        block = self._dense(index)
-        name = self.source.layout.block_name(index)
-        rewrite_early(block, name, self.source.layout, self.plan, self.plan.neurons or 0)
-        return block
-
-    def _dense(self, index: int) -> nn.Module:
-        return dense_block(self.source, index, self.device)
+        return restored_outer(self.source, self.staging / entry["file"], entry["plan"], self.setting.device)
 
     def _block(
         self,
@@ -401,7 +229,7 @@ class Run:
         name, past = layout.block_name(index), self.journal.blocks()
         linears = [f"{name}.{linear}" for linear in layout.linears]
         shares = {} if allocation is None else allocation.shares(linears, past, rates)
-        block, rest = self._dense(index), self.source.dtype
+        block, rest = self.setting.dense_block(index), self.source.dtype
         with self._walks(index, block, streams) as (walk, original):
             try:
                 result = rewrite_block(block, name, layout, self.plan, walk, width, shares, original, rest)
@@ -424,11 +252,11 @@ class Run:
         """The texts on their way through one block: the compressed model's, and the dense one's."""
         stream, dense = streams
         memory = IN_FLIGHT if self.options.memory is None else self.options.memory // 4
-        if self.device.type != "cpu":
+        if self.setting.device.type != "cpu":
             memory = min(memory, IN_FLIGHT)  # the limit is the host's, and batches wait on the device
         memory //= 1 if dense is None else 2
         walk = None if stream is None else Walk(stream, block, memory)
-        original = None if dense is None else Walk(dense, self._dense(index), memory)
+        original = None if dense is None else Walk(dense, self.setting.dense_block(index), memory)
         try:
             yield walk, original
         finally:
