@@ -3,7 +3,8 @@
     python benchmarks/rates.py -o DIR --c4 FILE --text FILE [--kind bits] [--max-tokens N] [--only NAME ...]
 
 Kinds: `bits`, every way of quantizing at every rate; `structure`, what sparsity and low rank keep at half of
-the parameters, and at equal bytes; `both`, structure and bits together; `all`, everything.
+the parameters, and at equal bytes; `both`, structure and bits together; `all`, these three; `calibration`,
+GPTQ at 4 bits by what its moments are gathered with.
 
 FILE of C4 has a document a line: the last fifth is held back and evaluated on, the rest is calibrated on.
 Prints one table (block bits per weight and bytes of the whole directory, perplexity on both texts relative to
@@ -43,6 +44,8 @@ def chosen(kind: str) -> list[Any]:
     """The recipes of a table. Those of `bits` have the same embeddings, 8 bits a row."""
     if kind == "all":
         return [recipe for part in ("bits", "structure", "both") for recipe in chosen(part)]
+    if kind == "calibration":
+        return by_calibration()
     if kind == "bits":
         fixed = ["gptq-8bit", "gptq-4bit", "mixed-4bit", "mixed-3bit"]
         return [*map(load_recipe, fixed), *map(coded, (6.0, 4.25, 4.0, 3.25, 2.5))]
@@ -61,6 +64,19 @@ def chosen(kind: str) -> list[Any]:
         # half of the weights and a bitmap are 9 bits a weight: what low rank may keep at these bytes
         alone("svd-llm-9-bits", {"svd": low_rank | {"ratio": 0.5625}}),
         alone("svd-llm-9-bits-shared", {"svd": low_rank | {"ratio": 0.5625, "allocation": "sensitivity"}}),
+    ]
+
+
+def by_calibration() -> list[dict[str, Any]]:
+    """One scheme, embeddings as they are, and one more means in each."""
+    gptq = {"bits": 4, "granularity": "group:64", "symmetric": True, "solver": "gptq", "clip": True}
+    sweep = gptq | {"sweeps": 1}
+    return [
+        alone("float32", {"quantize": gptq}) | {"calibration": {"precision": "float32"}},
+        alone("bfloat16", {"quantize": gptq}) | {"calibration": {"precision": "bfloat16"}},
+        alone("positions", {"quantize": gptq}) | {"calibration": WEIGHTED},
+        alone("sweep", {"quantize": sweep}) | {"calibration": WEIGHTED},
+        alone("asymmetry", {"quantize": sweep | {"asymmetry": 0.5}}) | {"calibration": WEIGHTED},
     ]
 
 
@@ -98,7 +114,7 @@ def main() -> None:
     parser.add_argument("--c4", type=Path, required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--kind", choices=["bits", "structure", "both", "all"], default="bits")
+    parser.add_argument("--kind", choices=["bits", "structure", "both", "all", "calibration"], default="bits")
     parser.add_argument("--only", nargs="*", help="names of recipes")
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--dtype", default="float32", help="that the models are evaluated in")
