@@ -48,7 +48,7 @@ def chosen(kind: str) -> list[Any]:
         return by_calibration()
     if kind == "bits":
         fixed = ["gptq-8bit", "gptq-4bit", "mixed-4bit", "mixed-3bit"]
-        return [*map(load_recipe, fixed), *map(coded, (6.0, 4.25, 4.0, 3.25, 2.5))]
+        return [*map(load_recipe, fixed), *map(coded, (8.0, 6.0, 4.25, 4.0, 3.25, 2.5))]
     if kind == "both":
         shipped = ("spq", "spq-4bit", "joint-25-4bit", "joint-50-4bit", "sslc-50-4bit")
         return [*map(load_recipe, shipped), joint_at_eight_bits()]
