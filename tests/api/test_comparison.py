@@ -105,15 +105,15 @@ def test_recipes_share_a_survey(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lmpress.pipeline import run
+    from lmpress.pipeline import beforehand
 
-    survey, surveyed = run.survey_budgets, []
+    survey, surveyed = beforehand.survey_budgets, []
 
     def counted(*args: Any) -> Any:
         surveyed.append(args[0].recipe.name)
         return survey(*args)
 
-    monkeypatch.setattr(run, "survey_budgets", counted)
+    monkeypatch.setattr(beforehand, "survey_budgets", counted)
     size = {"samples": 4, "seq_len": 64}
     recipes = [
         {"name": f"ec{bits}", "calibration": size, "steps": [{"entropy_quantize": {"bits": bits}}]}
