@@ -16,7 +16,7 @@ from lmpress.pipeline.blocks import dense_block, dense_outer
 from lmpress.pipeline.stream import BlockStream
 from lmpress.pipeline.weighting import pooled, position_weights, weighting_samples
 from lmpress.statistics import StatisticsAccumulator
-from tests.pipeline.test_original import PRUNE, gptq, recipe, shards
+from tests.pipeline.test_original import PRUNE, breaks_and_goes_on, gptq, recipe, shards
 
 CPU = torch.device("cpu")
 
@@ -125,22 +125,6 @@ def test_a_weighted_run_is_another_one_and_goes_on_to_the_same_bytes(
 ) -> None:
     plan = recipe(*steps)
     weighted = plan | {"calibration": plan["calibration"] | {"weighting": "positions"}}
-    made = {}
-    for name, each in {"plain": plan, "weighted": weighted}.items():
-        lmpress.compress(tiny("llama"), each, tmp_path / name, calibration=str(text_file))
-        made[name] = shards(tmp_path / name)
-    assert made["plain"] != made["weighted"]
-
-    finish = lmpress.pipeline.Run._finish
-
-    def breaks(self: Any, number: int, *rest: Any) -> dict[str, Any]:
-        if number == 2:
-            raise KeyboardInterrupt
-        return finish(self, number, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lmpress.pipeline.Run, "_finish", breaks)
-        with pytest.raises(KeyboardInterrupt):
-            lmpress.compress(tiny("llama"), weighted, tmp_path / "broken", calibration=str(text_file))
-    lmpress.compress(tiny("llama"), weighted, tmp_path / "broken", calibration=str(text_file), resume=True)
-    assert shards(tmp_path / "broken") == made["weighted"]
+    lmpress.compress(tiny("llama"), plan, tmp_path / "plain", calibration=str(text_file))
+    breaks_and_goes_on(tiny("llama"), weighted, text_file, tmp_path, monkeypatch)
+    assert shards(tmp_path / "plain") != shards(tmp_path / "whole")
