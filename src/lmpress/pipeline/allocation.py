@@ -7,8 +7,6 @@ every block by what the coder has really made of the blocks before, and the whol
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,9 +35,9 @@ from lmpress.pipeline.prediction import Leaf
 from lmpress.pipeline.rewriting import TableMetric, current_form
 from lmpress.pipeline.sensitivity import entrances, head_statistics, sensitivities
 from lmpress.pipeline.stream import BlockStream
+from lmpress.pipeline.surveys import key_of
 from lmpress.recipes import EntropyQuantize, LeafContext, Pivot, Quantize, Svd
 from lmpress.statistics import InputStatistics
-from lmpress.version import __version__
 
 CHOICES = (2, 3, 4, 5, 6, 7, 8)
 """Bits that a module may get."""
@@ -244,30 +242,15 @@ def _coded(form: Form) -> tuple[int, int]:
 
 
 def survey_key(plan: Plan, model: str, text: str, precision: torch.dtype) -> str | None:
-    """What a survey depends on, hashed, if other recipes can share it: curves of rates hold at every target.
-
-    Args:
-        model: the fingerprint of the source.
-        text: of the calibration windows.
-        precision: that products are computed in.
-    """
+    """The key of a survey that recipes can share (see `key_of`): curves of rates hold at every target."""
     steps = {index: plan.recipe.steps[index] for index in plan.budgets}
     if not all(isinstance(step, EntropyQuantize) for step in steps.values()):
         return None
-    told = {
-        "budgets": {
-            i: [step.model_dump(mode="json") | {"bits": None}, plan.budgets[i]] for i, step in steps.items()
-        },
-        "tables": plan.weighs_tokens,
-        "seed": plan.recipe.seed,
-        "precision": str(precision),
-        "calibration": plan.recipe.calibration.model_dump(mode="json"),
-        "dtype": str(plan.dtype),
-        "model": model,
-        "text": text,
-        "version": __version__,
+    budgets = {
+        i: [step.model_dump(mode="json") | {"bits": None}, plan.budgets[i]] for i, step in steps.items()
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    told = {"budgets": budgets, "tables": plan.weighs_tokens, "dtype": str(plan.dtype)}
+    return key_of(plan, model, text, precision, **told)
 
 
 def survey_budgets(

@@ -5,11 +5,11 @@ Each is told once, kept in the journal and in the work directory, and read from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,11 +24,12 @@ from lmpress.pipeline.calibration import (
     small_ids,
 )
 from lmpress.pipeline.journal import Journal
+from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.rewriting import rewrite_early
 from lmpress.pipeline.setting import Setting
 from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
-from lmpress.pipeline.surveys import Survey, shared_survey
-from lmpress.pipeline.weighting import position_weights, weighting_key, weighting_samples
+from lmpress.pipeline.surveys import Survey, key_of, shared_survey
+from lmpress.pipeline.weighting import position_weights, weighting_samples
 from lmpress.progress import note
 
 SENSITIVITY = "sensitivity.safetensors"
@@ -51,7 +52,7 @@ class Beforehand:
         entry = self.journal.find("calibration")
         if entry is not None and path.is_file():
             return CalibrationText(load_file(path)["input_ids"].long(), entry["calibration"])
-        recipe, options, source = self.setting.recipe, self.setting.options, self.setting.source
+        recipe, options, source = self.setting.plan.recipe, self.setting.options, self.setting.source
         size = recipe.calibration.samples, recipe.calibration.seq_len, recipe.seed
         text = None
         if options.calibration == "self":
@@ -71,17 +72,12 @@ class Beforehand:
 
         def told() -> Survey:
             part, outer = self._part(text, weighting_samples(*text.windows.shape)), setting.dense_outer()
-            stream, seed = setting.stream(part, outer), setting.recipe.seed
+            stream, seed = setting.stream(part, outer), plan.recipe.seed
             found = position_weights(stream, outer, setting.dense_block, setting.work, seed)
             return {"tokens": part.windows.numel()}, found
 
-        path, entry = setting.work / WEIGHTS, self.journal.find("weighting")
-        if entry is None or not _intact(path, entry):
-            key = weighting_key(plan, setting.source.fingerprint, _ids(text), setting.precision)
-            facts, weights = shared_survey(setting.options.surveys, key, told)
-            write_tensors(path, weights)
-            self.journal.append({"weighting": facts, "tensors_sha256": sha256_file(path)})
-        return load_file(path)
+        key = key_of(*self._decided(text), survey="weighting")
+        return self._asked("weighting", WEIGHTS, key, told)[1]
 
     def allocation(self, text: CalibrationText | None, weights: Mapping[str, Tensor]) -> Allocation | None:
         """How the modules share their budgets; None where nothing is shared, and no token weighed."""
@@ -89,24 +85,19 @@ class Beforehand:
         if not plan.budgets and not plan.weighs_tokens:
             return None
 
+        assert text is not None
+        part = self._part(text, survey_samples(text.windows.shape[0]))
+
         def told() -> Survey:
-            assert text is not None
-            part, outer = self._part(text, survey_samples(text.windows.shape[0])), setting.dense_outer()
+            outer = setting.dense_outer()
             stream = setting.stream(part, outer, weights)
             try:
                 return survey_budgets(plan, stream, outer, setting.dense_block, setting.work)
             except ValueError as error:
                 raise LmpressError(f"the survey of the blocks: {error}") from error
 
-        path, entry = setting.work / SENSITIVITY, self.journal.find("allocation")
-        if entry is None or not _intact(path, entry):
-            assert text is not None
-            key = survey_key(plan, setting.source.fingerprint, _ids(text), setting.precision)
-            survey, sensitivity = shared_survey(setting.options.surveys, key, told)
-            write_tensors(path, sensitivity)
-            entry = {"allocation": survey, "tensors_sha256": sha256_file(path)}
-            self.journal.append(entry)
-        return Allocation.from_entry(entry["allocation"], load_file(path), plan)
+        key = survey_key(*self._decided(text))
+        return Allocation.from_entry(*self._asked("allocation", SENSITIVITY, key, told), plan)
 
     def widths(
         self, text: CalibrationText | None, outer: Any, weights: Mapping[str, Tensor]
@@ -132,6 +123,21 @@ class Beforehand:
             self.journal.append(entry)
         return list(entry["survey"]["widths"])
 
+    def _asked(self, name: str, file: str, key: str | None, make: Callable[[], Survey]) -> Survey:
+        """A survey with tensors: from the journal and the work directory, or shared, or made now."""
+        path, entry = self.setting.work / file, self.journal.find(name)
+        if entry is None or not path.is_file() or sha256_file(path) != entry["tensors_sha256"]:
+            facts, tensors = shared_survey(self.setting.options.surveys, key, make)
+            write_tensors(path, tensors)
+            entry = {name: facts, "tensors_sha256": sha256_file(path)}
+            self.journal.append(entry)
+        return entry[name], load_file(path)
+
+    def _decided(self, text: CalibrationText) -> tuple[Plan, str, str, torch.dtype]:
+        """What decides a survey, see `key_of`."""
+        setting, ids = self.setting, str(text.record.get("ids_sha256"))
+        return setting.plan, setting.source.fingerprint, ids, setting.precision
+
     def _part(self, text: CalibrationText, samples: int) -> CalibrationText:
         return CalibrationText(text.windows[:samples], text.record)
 
@@ -156,11 +162,3 @@ class Beforehand:
                 "tokens than inputs they are singular, and unseen text will fare worse; raise samples or "
                 "seq_len"
             )
-
-
-def _intact(path: Path, entry: Mapping[str, Any]) -> bool:
-    return path.is_file() and sha256_file(path) == entry["tensors_sha256"]
-
-
-def _ids(text: CalibrationText) -> str:
-    return str(text.record.get("ids_sha256"))

@@ -65,7 +65,7 @@ class Run:
         self.work = self.output / WORK
         self.journal = Journal(self.work)
         self.staging = self.journal.staging
-        self.setting = Setting(self.source, self.recipe, self.plan, self.options, self.work)
+        self.setting = Setting(self.source, self.plan, self.options, self.work)
 
     @property
     def fingerprint(self) -> str:

@@ -16,7 +16,6 @@ from lmpress.pipeline.calibration import CalibrationText, products_in
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.source import ModelSource
 from lmpress.pipeline.stream import BlockStream
-from lmpress.recipes import Recipe
 
 BATCH = 4096
 """Tokens that run together, about."""
@@ -54,7 +53,6 @@ class Setting:
     """
 
     source: ModelSource
-    recipe: Recipe
     plan: Plan
     options: RunOptions
     work: Path
@@ -67,7 +65,7 @@ class Setting:
     @cached_property
     def precision(self) -> torch.dtype:
         """What products inside the blocks are computed in."""
-        return products_in(self.recipe.calibration.precision, self.device)
+        return products_in(self.plan.recipe.calibration.precision, self.device)
 
     def dense_block(self, index: int) -> nn.Module:
         """Block `index` of the dense model, in float32."""

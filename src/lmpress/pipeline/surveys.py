@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lmpress.checkpoint import read_json, sha256_file, write_json, write_tensors
 from lmpress.errors import RequestError
+from lmpress.pipeline.plan import Plan
+from lmpress.version import __version__
 
 Survey = tuple[dict[str, Any], dict[str, Tensor]]
 """What the journal keeps, and tensors."""
+
+
+def key_of(plan: Plan, model: str, text: str, precision: torch.dtype, **more: Any) -> str:
+    """All that decides a survey, hashed.
+
+    Args:
+        model: the fingerprint of the source.
+        text: of the calibration windows.
+        precision: that products are computed in.
+        more: what tells this kind of survey from others, JSON-able.
+    """
+    told = more | {
+        "calibration": plan.recipe.calibration.model_dump(mode="json"),
+        "precision": str(precision),
+        "seed": plan.recipe.seed,
+        "model": model,
+        "text": text,
+        "version": __version__,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def shared_survey(directory: Path | None, key: str | None, make: Callable[[], Survey]) -> Survey:

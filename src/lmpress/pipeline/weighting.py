@@ -11,8 +11,6 @@ in runs that double in length, and the linears of a site, which share their mome
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from lmpress.families import Layout
-from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.sensitivity import entrance_gradient, entrances, squared_gradients
 from lmpress.pipeline.stream import BlockStream
 from lmpress.progress import track
-from lmpress.version import __version__
 
 WINDOWS, TOKENS = 8, 4096
 """Positions are weighed by so many windows at least, and so many tokens."""
@@ -34,25 +30,6 @@ WINDOWS, TOKENS = 8, 4096
 def weighting_samples(samples: int, seq_len: int) -> int:
     """How many of the calibration windows are looked at."""
     return min(samples, max(WINDOWS, -(-TOKENS // seq_len)))
-
-
-def weighting_key(plan: Plan, model: str, text: str, precision: torch.dtype) -> str:
-    """What the weights depend on, hashed.
-
-    Args:
-        model: the fingerprint of the source.
-        text: of the calibration windows.
-        precision: that products are computed in.
-    """
-    told = {
-        "precision": str(precision),
-        "weighting": plan.recipe.calibration.model_dump(mode="json"),
-        "seed": plan.recipe.seed,
-        "model": model,
-        "text": text,
-        "version": __version__,
-    }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def position_weights(
