@@ -16,7 +16,7 @@ from lmpress.pipeline import open_source
 from lmpress.pipeline.blocks import dense_block, dense_outer
 from lmpress.pipeline.rewriting import set_form
 from lmpress.pipeline.stream import BlockStream
-from lmpress.pipeline.walk import Walk
+from lmpress.pipeline.walk import IN_FLIGHT, Walk
 from tests.pipeline.test_original import FACTOR, PRUNE, gptq, recipe, shards
 from tests.tiny import TINY
 
@@ -54,7 +54,7 @@ def halve(block: nn.Module, linear: str) -> None:
     set_form(block, linear, Dense(module.weight.data / 2))
 
 
-def walked(stream: BlockStream, block: nn.Module, memory: int | None) -> tuple[list[Tensor], Tensor, int]:
+def walked(stream: BlockStream, block: nn.Module, memory: int) -> tuple[list[Tensor], Tensor, int]:
     """Hessians of all sites, each seen behind halved linears; the states at the exit; calls of the first."""
     calls = 0
 
@@ -79,7 +79,7 @@ def test_paused_batches_see_what_replayed_ones_see(
     entrance = stream[0].states[slice(None)].clone()
     block = stream[1]
     originals = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    paused = walked(*stream, memory=None)
+    paused = walked(*stream, memory=IN_FLIGHT)
     stream[0].states[slice(None)] = entrance
     fresh = dense_block(open_source(tiny(stream[0].layout.family.split("-")[0])), 0, CPU)
     fresh.load_state_dict(originals)

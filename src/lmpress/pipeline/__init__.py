@@ -16,7 +16,8 @@ from lmpress.pipeline.prediction import ModulePlan
 from lmpress.pipeline.run import Run, sizes
 from lmpress.pipeline.setting import RunOptions
 from lmpress.pipeline.source import GgufSource, ModelSource, SafetensorsSource, open_source
-from lmpress.pipeline.stream import BlockStream, Gathered
+from lmpress.pipeline.stream import BlockStream
+from lmpress.pipeline.walk import Gathered
 
 __all__ = [
     "CALIBRATION",

@@ -18,8 +18,8 @@ from lmpress.methods.svd_llm import factor_cost
 from lmpress.pipeline.blocks import running
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import ModulePlan
-from lmpress.pipeline.stream import BlockStream, Gathered
-from lmpress.pipeline.walk import Walk
+from lmpress.pipeline.stream import BlockStream
+from lmpress.pipeline.walk import Gathered, Walk
 from lmpress.recipes import FormStep, LeafContext, Pivot, PruneNeurons, in_storage
 from lmpress.statistics import InputStatistics
 
@@ -200,11 +200,11 @@ def _prune(
     assert stream is not None
     site = layout.site_of(neurons.output)
     signal = neurons.signal if step.importance == "activation" else None
-    gathered, activation = stream.gather(block, {site: step.needs_hessian}, signal)
+    statistics, activation = stream.gather(block, site, step.needs_hessian, signal)
     bias = cast("Tensor | None", output.bias)
     choice = prune_neurons(
         current_form(output).dense(),
-        gathered[site.name].statistics,
+        statistics,
         width,
         NeuronOptions(importance=step.importance, compensate=step.compensate),
         activation=activation,

@@ -16,27 +16,9 @@ from lmpress.pipeline.activations import Activations
 from lmpress.pipeline.source import ModelSource
 from lmpress.statistics import InputStatistics, StatisticsAccumulator
 
-SAMPLE_TOKENS = 512
-"""Input rows kept of every site, to measure how far a rewritten linear strays."""
-
 
 class Stop(Exception):  # noqa: N818
     """Raised where the rest of a forward is not needed."""
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """What one pass over the calibration text told about one site.
-
-    Attributes:
-        statistics: moments of the site's input.
-        sample: the first input rows, (<= SAMPLE_TOKENS, n).
-        cross: E[(x_fp - x) x^T] (n, n), x_fp being what the dense model has there; None where nobody asked.
-    """
-
-    statistics: InputStatistics
-    sample: Tensor
-    cross: Tensor | None = None
 
 
 @dataclass
@@ -85,45 +67,28 @@ class BlockStream:
         self._enter(outer, budget, directory or Path())
 
     def gather(
-        self,
-        block: nn.Module,
-        sites: Mapping[Site, bool],
-        signal: str | None = None,
-        advance: bool = False,
-    ) -> tuple[dict[str, Gathered], Tensor | None]:
-        """Run the text through `block` as it is now, and look at the inputs of some sites.
+        self, block: nn.Module, site: Site, hessian: bool, signal: str | None = None, advance: bool = False
+    ) -> tuple[InputStatistics, Tensor | None]:
+        """Run the text through `block` as it is now, and look at the inputs of one site.
 
         Args:
-            sites: which sites, and for each whether its Hessian is wanted.
+            hessian: whether the Hessian is wanted.
             signal: a linear whose mean absolute output is wanted as well.
             advance: let the outputs of the block become the inputs of the next one, in the same pass.
 
         Returns:
-            by site name what was gathered, and the mean absolute output of `signal`, (features,).
+            what was gathered, and the mean absolute output of `signal`, (features,).
         """
-        ordered = [site for site in self.layout.sites if site in sites]
-        accumulators = {
-            s.name: StatisticsAccumulator(_inputs(block, s.linears[0]), sites[s], self.device)
-            for s in ordered
-        }
-        samples: dict[str, list[Tensor]] = {site.name: [] for site in ordered}
+        first, weights = site.linears[0], self.weights_of(site)
+        inputs = StatisticsAccumulator(_inputs(block, first), hessian, self.device)
         outputs = StatisticsAccumulator(_outputs(block, signal), False, self.device) if signal else None
-        rows = slice(0, 0)
 
-        def watch(site: Site, last: bool) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                accumulators[site.name].update(args[0], weights=self.weights_of(site))
-                if sum(len(part) for part in samples[site.name]) < SAMPLE_TOKENS:
-                    samples[site.name].append(first_rows(args[0]))
-                if last and not advance:
-                    raise Stop
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs.update(args[0], weights=weights)
+            if not advance:
+                raise Stop
 
-            return hook
-
-        handles = [
-            block.get_submodule(site.linears[0]).register_forward_pre_hook(watch(site, site is ordered[-1]))
-            for site in ordered
-        ]
+        handles = [block.get_submodule(first).register_forward_pre_hook(hook)]
         if signal and outputs is not None:
             handles.append(
                 block.get_submodule(signal).register_forward_hook(
@@ -138,11 +103,7 @@ class BlockStream:
         finally:
             for handle in handles:
                 handle.remove()
-        gathered = {
-            name: Gathered(a.result(), torch.cat(samples[name])[:SAMPLE_TOKENS])
-            for name, a in accumulators.items()
-        }
-        return gathered, None if outputs is None else outputs.result().abs_mean
+        return inputs.result(), None if outputs is None else outputs.result().abs_mean
 
     def advance(self, block: nn.Module) -> None:
         """Run the text through the finished `block`: its outputs become the inputs of the next one."""
@@ -259,11 +220,6 @@ class _Substitute(nn.Module):
 
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._stand(self._index, states, args, kwargs)
-
-
-def first_rows(x: Tensor) -> Tensor:
-    """The first rows of a batch of inputs, (<= SAMPLE_TOKENS, n), copied."""
-    return x.detach().reshape(-1, x.shape[-1])[:SAMPLE_TOKENS].float().clone()
 
 
 def _inputs(block: nn.Module, linear: str) -> int:

@@ -79,7 +79,7 @@ def survey_widths(
         stream.at_block(i)
         by_loss = step.allocation == "loss"
         signal = None if by_loss else source.layout.neurons.signal
-        gathered, activation = stream.gather(block, {site: by_loss}, signal, advance=True)
+        statistics, activation = stream.gather(block, site, by_loss, signal, advance=True)
         if activation is not None:
             means.append(float(activation.mean()))
         if by_loss:
@@ -87,7 +87,7 @@ def survey_widths(
             widths = _candidates(width, step)
             losses = removal_curve(
                 current_form(output).dense(),
-                gathered[site.name].statistics,
+                statistics,
                 widths,
                 has_bias=output.bias is not None,
             )

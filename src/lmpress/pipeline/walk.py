@@ -9,6 +9,8 @@ what the paused batches hold would not fit into memory, every site is reached fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,8 +18,11 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from lmpress.families import Site
-from lmpress.pipeline.stream import SAMPLE_TOKENS, BlockStream, Gathered, Stop, first_rows
-from lmpress.statistics import StatisticsAccumulator
+from lmpress.pipeline.stream import BlockStream, Stop
+from lmpress.statistics import InputStatistics, StatisticsAccumulator, counts_of_rows
+
+SAMPLE_TOKENS = 512
+"""Input rows kept of every site, to measure how far a rewritten linear strays."""
 
 IN_FLIGHT = 2 << 30
 """Bytes that paused batches may hold where no limit was given."""
@@ -26,29 +31,44 @@ RESIDUALS = 4
 """Tensors of the width of the model that a paused batch holds, about, beside the input of the site."""
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """What one pass over the calibration text told about one site.
+
+    Attributes:
+        statistics: moments of the site's input.
+        sample: the first input rows, (<= SAMPLE_TOKENS, n).
+        cross: E[(x_fp - x) x^T] (n, n), x_fp being what the dense model has there; None where nobody asked.
+    """
+
+    statistics: InputStatistics
+    sample: Tensor
+    cross: Tensor | None = None
+
+
 class Walk:
     """All batches of `stream` on their way through `block`.
 
     Args:
         stream: the text in front of the block.
         block: its linears may be replaced between two sites.
-        memory: bytes that paused batches may hold; None for `IN_FLIGHT`.
+        memory: bytes that paused batches may hold.
     """
 
-    def __init__(self, stream: BlockStream, block: nn.Module, memory: int | None = None) -> None:
+    def __init__(self, stream: BlockStream, block: nn.Module, memory: int = IN_FLIGHT) -> None:
         self.stream, self._block = stream, block
         self._rows = list(stream.batches())
         self._runs: list[greenlet] | None = None
-        if _held(stream, block) <= (IN_FLIGHT if memory is None else memory):
+        if _held(stream, block) <= memory:
             self._runs = [greenlet(self._through) for _ in self._rows]
 
-    @property
-    def pauses(self) -> bool:
-        """Whether batches wait inside the block; else each site is reached from its entrance."""
-        return self._runs is not None
-
     def gather(
-        self, site: Site, hessian: bool, whole: bool = True, original: Walk | None = None, kept: Any = None
+        self,
+        site: Site,
+        hessian: bool,
+        whole: bool = True,
+        original: Walk | None = None,
+        kept: Tensor | None = None,
     ) -> Gathered:
         """Go to `site`, and look at its input.
 
@@ -62,22 +82,20 @@ class Walk:
         features = int(self._module(site.linears[0]).in_features)
         accumulator = StatisticsAccumulator(features, hessian, self.stream.device)
         sample: list[Tensor] = []
-        cross = torch.zeros(()) if original is not None else None
+        cross: Tensor | None = None
         weights = self.stream.weights_of(site)
-        inputs = self._reach(site)
-        references: Iterator[Tensor | None] = iter(lambda: None, 0)
-        if original is not None:
-            references = original._reach(site)
-        for x, dense in zip(inputs, references, strict=False):
+        references = repeat(None) if original is None else original._reach(site)
+        for x, dense in zip(self._reach(site), references, strict=False):
             accumulator.update(x, weights=weights)
             if sum(map(len, sample)) < SAMPLE_TOKENS:
-                sample.append(first_rows(x))
-            if cross is not None and dense is not None:
+                sample.append(x.reshape(-1, x.shape[-1])[:SAMPLE_TOKENS].float().clone())
+            if dense is not None:
                 own, other = (t.reshape(-1, t.shape[-1]).float() for t in (x, dense))
                 strayed = (other if kept is None else other[:, kept]) - own
                 if weights is not None:
-                    strayed *= weights.to(own).repeat(len(own) // len(weights))[:, None]
-                cross = cross + strayed.T @ own
+                    strayed *= counts_of_rows(weights, own)[:, None]
+                product = strayed.T @ own
+                cross = product if cross is None else cross + product
             if not whole:
                 break
         statistics = accumulator.result()

@@ -115,43 +115,32 @@ class StatisticsAccumulator:
             self._update(x.detach().reshape(-1, x.shape[-1]), mask, weights)
 
     def _update(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
-        if weights is not None:
-            self._update_weighted(x.to(self._sum.device, torch.float32), weights)
-            return
         if mask is not None:
             x = x[mask.reshape(-1).bool()]
         if not x.shape[0]:
             return
         x = x.to(self._sum.device, torch.float32)
+        counts = None if weights is None else counts_of_rows(weights, x)[:, None]
         self.count += x.shape[0]
         for first in range(0, len(x), ROWS):
             part = x[first : first + ROWS]
-            self._sum += part.sum(0)
-            self._abs += part.abs().sum(0)
-            self._square += part.square().sum(0)
-        self._multiply(x)
-
-    def _update_weighted(self, x: Tensor, weights: Tensor) -> None:
-        counts = weights.to(x).repeat(x.shape[0] // weights.shape[0])  # (rows,)
-        self.count += x.shape[0]
-        x = x * counts.sqrt()[:, None]
-        for first in range(0, len(x), ROWS):
-            part, roots = x[first : first + ROWS], counts[first : first + ROWS].sqrt()
-            self._sum += roots @ part
-            self._abs += roots @ part.abs()
-            self._square += part.square().sum(0)
-        self._multiply(x)
-
-    def _multiply(self, x: Tensor) -> None:
-        """Add x^T x to the upper triangle of the products."""
+            counted = part if counts is None else part * counts[first : first + ROWS]
+            self._sum += counted.sum(0)
+            self._abs += counted.abs().sum(0)
+            self._square += (counted * part).sum(0)
         if self._products is not None:
-            for start in range(0, x.shape[1], PANEL):  # the products are symmetric: nothing left of a panel
-                panel = self._products[start : start + PANEL, start:]
-                left, right = x[:, start : start + PANEL].T, x[:, start:]
-                if panel.dtype == torch.float32:
-                    panel.addmm_(left, right)
-                else:
-                    panel += left @ right
+            self._multiply(self._products, x if counts is None else x * counts.sqrt())
+
+    @staticmethod
+    def _multiply(products: Tensor, x: Tensor) -> None:
+        """Add x^T x to the upper triangle of the products: they are symmetric."""
+        for start in range(0, x.shape[1], PANEL):
+            panel = products[start : start + PANEL, start:]
+            left, right = x[:, start : start + PANEL].T, x[:, start:]
+            if panel.dtype == torch.float32:
+                panel.addmm_(left, right)
+            else:
+                panel += left @ right
 
     def result(self) -> InputStatistics:
         """The means so far, float32. ValueError if nothing was seen, or if a value is not finite."""
@@ -170,3 +159,8 @@ class StatisticsAccumulator:
             (self._abs / self.count).float(),
             hessian,
         )
+
+
+def counts_of_rows(weights: Tensor, x: Tensor) -> Tensor:
+    """How much each row of x (windows * tokens, n) counts, (rows,), by the weights (tokens,) of a window."""
+    return weights.to(x).repeat(len(x) // len(weights))
