@@ -13,7 +13,7 @@ from lmpress.families import layout_of
 from lmpress.forms import CompressedEmbedding, CompressedLinear, EntropyCoded, Form, decode_all
 from lmpress.forms.base import dense_leaf_names
 from lmpress.forms.linear import FormHolder
-from lmpress.kernels import run
+from lmpress.kernels import SemiStructured, run, suits
 
 
 def put_forms(
@@ -76,6 +76,9 @@ def hold_resident(model: nn.Module, names: Iterable[str], coded: bool = False) -
             if coded:
                 continue
             form = form.rewrite(lambda leaf: resident.get(id(leaf), leaf))
+        if isinstance(holder, CompressedLinear) and suits(form):
+            holder.runner = SemiStructured()
+            continue
         holder.hold_resident(form.resident() if isinstance(holder, CompressedLinear) else form)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from lmpress.errors import LmpressError, RequestError
@@ -78,6 +79,10 @@ def held_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _held(value: Any, seen: set[int]) -> Iterator[Tensor]:
     """Tensors inside containers, forms, closures and this project's own objects."""
+    if is_traceable_wrapper_subclass(value):  # packed for a device: what it wraps is what takes memory
+        names, _ = value.__tensor_flatten__()
+        yield from (getattr(value, name) for name in names)
+        return
     if isinstance(value, Tensor):
         yield value
         return
