@@ -71,3 +71,24 @@ def test_what_is_refused() -> None:
         AlpsOptions(iterations=0)
     with pytest.raises(ValueError, match="sparsity lies"):
         AlpsOptions(sparsity=1.5)
+
+
+def test_rows_and_the_dense_output_guide_the_support() -> None:
+    weight, x, statistics = layer(24, 64)
+    weights = torch.ones(24)
+    weights[:8] = 4
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    original = x + 0.3 * noise * x.std(0)
+    cross = (original - x).T @ x / len(x)
+
+    def made(**how: torch.Tensor) -> torch.Tensor:
+        return alps(weight, statistics, AlpsOptions(0.6, asymmetry=1.0), **how).form.dense()
+
+    scale = weights[:, None]
+    plain, shifted = made(), made(row_weights=weights)
+    assert output_error(weight * scale, shifted * scale, x) < 0.9 * output_error(
+        weight * scale, plain * scale, x
+    )
+    wanted = original @ weight.T
+    moved = made(cross=cross)
+    assert float((x @ moved.T - wanted).square().sum()) < float((x @ plain.T - wanted).square().sum())

@@ -188,3 +188,37 @@ def test_what_is_refused() -> None:
         SparseGptOptions(bits=4, symmetric=False)
     with pytest.raises(ValueError, match="infinity"):
         sparsegpt(weight * torch.inf, statistics, SparseGptOptions())
+
+
+def test_rows_that_count_more_keep_more_of_their_entries() -> None:
+    weight, x, statistics = layer(24, 64)
+    weights = torch.ones(24)
+    weights[:8] = 4
+
+    def kept(rows: Tensor | None) -> tuple[Tensor, float]:
+        form = sparsegpt(weight, statistics, SparseGptOptions(sparsity=0.6), row_weights=rows).form
+        assert isinstance(form, Sparse)
+        assert form.pattern.kept == round(0.4 * 24 * 64)
+        scale = weights[:, None]
+        return form.pattern.mask().float().mean(1), output_error(weight * scale, form.dense() * scale, x)
+
+    even, worse = kept(None)
+    shifted, better = kept(weights)
+    assert float(shifted[:8].mean()) > 1.3 * float(even[:8].mean())
+    assert better < 0.9 * worse
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_asymmetric_calibration_comes_back_to_the_dense_output(bits: int | None) -> None:
+    weight, x, statistics = layer(24, 64)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    original = x + 0.3 * noise * x.std(0)
+    cross = (original - x).T @ x / len(x)
+    wanted = original @ weight.T
+
+    def error(asymmetry: float) -> float:
+        options = SparseGptOptions(bits=bits, asymmetry=asymmetry)
+        made = sparsegpt(weight, statistics, options, cross).form.dense()
+        return float((x @ made.T - wanted).square().sum() / wanted.square().sum())
+
+    assert error(1.0) < error(0.5) < error(0.0)

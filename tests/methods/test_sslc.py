@@ -195,3 +195,49 @@ def test_what_is_refused() -> None:
         sslc(weight[:, :16], statistics, SslcOptions())
     with pytest.raises(ValueError, match="infinity"):
         sslc(weight * torch.inf, statistics, SslcOptions())
+
+
+@pytest.mark.parametrize("how", [{}, {"metric": "diagonal"}, {"kappa": 1.0}])
+def test_outputs_that_count_more_lose_less(how: dict[str, object]) -> None:
+    weight, x, statistics = built()
+    weights = torch.ones(64)
+    weights[:20] = 5
+    options = SslcOptions(**({"kappa": 0.3, "sparsity": 0.6, "damping": 0.01} | how))  # type: ignore[arg-type]
+
+    def error(rows: Tensor | None) -> float:
+        form = sslc(weight, statistics, options, row_weights=rows).form
+        return output_error(weight * weights[:, None], form.dense() * weights[:, None], x)
+
+    assert error(weights) < 0.9 * error(None)
+    torch.testing.assert_close(error(torch.full((64,), 3.0)), error(None), rtol=2e-2, atol=0)
+
+
+def test_outputs_count_in_quantized_terms_too() -> None:
+    weight, x, statistics = built()
+    weights = torch.ones(64)
+    weights[:20] = 5
+    options = SslcOptions(
+        kappa=0.3, sparsity=0.6, survivors=SparseGptOptions(bits=5), factors=CorrectionOptions(bits=5)
+    )
+
+    def error(rows: Tensor | None) -> float:
+        form = sslc(weight, statistics, options, row_weights=rows).form
+        return output_error(weight * weights[:, None], form.dense() * weights[:, None], x)
+
+    assert error(weights) < 0.9 * error(None)
+
+
+@pytest.mark.parametrize("kappa", [0.3, None])
+def test_asymmetric_calibration_comes_back_to_the_dense_output(kappa: float | None) -> None:
+    weight, x, statistics = built()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    original = x + 0.3 * noise * x.std(0)
+    cross = (original - x).T @ x / len(x)
+    wanted = original @ weight.T
+
+    def error(asymmetry: float) -> float:
+        options = SslcOptions(kappa=kappa, asymmetry=asymmetry, damping=0.01, iterations=40)
+        made = sslc(weight, statistics, options, cross).form.dense()
+        return float((x @ made.T - wanted).square().sum() / wanted.square().sum())
+
+    assert error(1.0) < error(0.0)

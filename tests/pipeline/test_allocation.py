@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 import lmpress
 from lmpress.checkpoint import plan_of
 from lmpress.errors import LmpressError, RequestError
-from lmpress.forms import EntropyCoded, Form, Quantized
+from lmpress.forms import EntropyCoded, Form, Quantized, Sparse
 from lmpress.methods.entropy_quantization import RateCurve
 from lmpress.pipeline import allocation, open_source
-from lmpress.pipeline.allocation import Allocation
+from lmpress.pipeline.allocation import Allocation, survey_key
 from lmpress.pipeline.plan import make_plan
 from lmpress.recipes import parse_recipe
 
@@ -297,3 +297,66 @@ def test_who_shares_a_budget(tiny: Callable[[str], Path]) -> None:
     assert len(everything) == 21
     with pytest.raises(RequestError, match="not on embeddings"):
         budgets({"quantize": {"targets": "*", "bits": 4.5, "allocation": "mixed"}})
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"sparsify": {"sparsity": 0.6, "allocation": "sensitivity"}},
+        {"sparsify": {"method": "alps", "sparsity": 0.6, "allocation": "sensitivity"}},
+        {"sparse_low_rank": {"sparsity": 0.6, "allocation": "sensitivity", "iterations": 10}},
+    ],
+    ids=["sparsegpt", "alps", "sslc"],
+)
+def test_sparsity_is_shared_and_met(
+    step: dict[str, Any], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    result = lmpress.compress(tiny("llama"), recipe(step), tmp_path / "out", calibration=str(text_file))
+    kept, total, shares = 0.0, 0, []
+    for name, form in plan_of(tmp_path / "out").items():
+        weights = math.prod(form.shape)
+        own = sum(_parameters(leaf) for leaf in leaves(form))
+        kept, total = kept + own, total + weights
+        shares.append(own / weights)
+        assert "density" in result.manifest["modules"][name]["steps"][0]
+    assert kept / total == pytest.approx(0.4, abs=0.02)  # ranks are whole numbers
+    assert max(shares) - min(shares) > 0.05
+
+
+def _parameters(leaf: Form) -> int:
+    return leaf.pattern.kept if isinstance(leaf, Sparse) else math.prod(leaf.shape)
+
+
+def test_recipes_that_differ_in_sparsity_alone_share_a_survey(tiny: Callable[[str], Path]) -> None:
+    def key(**step: Any) -> str | None:
+        parsed = parse_recipe(recipe({"sparsify": {"allocation": "sensitivity"} | step}), "r")
+        plan = make_plan(parsed, open_source(tiny("llama")))
+        return survey_key(plan, "model", "text", torch.float32)
+
+    assert key(sparsity=0.5) == key(sparsity=0.7) == key(sparsity=0.5, bits=4)
+    assert key(sparsity=0.5) != key(sparsity=0.5, damping=0.1)
+
+
+def test_a_pattern_leaves_no_sparsity_to_share() -> None:
+    for step in (
+        {"sparsify": {"pattern": "2:4", "allocation": "sensitivity"}},
+        {"sparsify": {"method": "wanda", "sparsity": 0.5, "allocation": "sensitivity"}},
+        {"sparsify": {"method": "wanda", "sparsity": 0.5, "asymmetry": 0.5}},
+    ):
+        with pytest.raises(RequestError):
+            parse_recipe(recipe(step), "r")
+
+
+def test_with_a_pattern_outputs_count_all_the_same(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    def made(name: str, **step: Any) -> list[bytes]:
+        how = {"pattern": "2:4", "iterations": 10} | step
+        lmpress.compress(
+            tiny("llama"), recipe({"sparse_low_rank": how}), tmp_path / name, calibration=str(text_file)
+        )
+        return [path.read_bytes() for path in sorted((tmp_path / name).glob("model-*.safetensors"))]
+
+    plain, shared = made("plain"), made("shared", allocation="sensitivity")
+    assert [len(data) for data in plain] == [len(data) for data in shared]
+    assert plain != shared

@@ -60,12 +60,22 @@ def test_what_strays_is_made_up_for_once(
         [PRUNE, gptq(0.5)],
         [{"svd": FACTOR | {"allocation": "error"}}],
         [
+            {
+                "sparse_low_rank": {
+                    "sparsity": 0.5,
+                    "allocation": "sensitivity",
+                    "asymmetry": 0.5,
+                    "iterations": 9,
+                }
+            }
+        ],
+        [
             PRUNE,
             {"svd": FACTOR | {"allocation": "sensitivity"}},
             {"entropy_quantize": {"targets": "*", "bits": 4, "asymmetry": 0.5}},
         ],
     ],
-    ids=["gptq", "error", "sensitivity"],
+    ids=["gptq", "error", "sslc", "sensitivity"],
 )
 def test_a_broken_run_goes_on_to_the_same_bytes(
     steps: list[dict[str, Any]],

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmpress.methods.gptq import check_shapes
-from lmpress.methods.hessian import relative_loss
+from lmpress.methods.gptq import asymmetric_target, check_shapes
+from lmpress.methods.hessian import damped_inverse_factor, relative_loss
 from lmpress.methods.patterns import density_of, keep_largest, parse_pattern, sparse_form
 from lmpress.methods.result import Rewritten
 from lmpress.statistics import InputStatistics
@@ -33,6 +33,7 @@ class AlpsOptions:
         damping: added to every H_jj, relative to itself.
         iterations: at most this many steps of ADMM.
         refit: steps of conjugate gradients on the support.
+        asymmetry: how far to move towards the target of asymmetric calibration, 0 to 1; needs `cross`.
     """
 
     sparsity: float = 0.5
@@ -40,19 +41,28 @@ class AlpsOptions:
     damping: float = 0.1
     iterations: int = 300
     refit: int = 10
+    asymmetry: float = 0.5
 
     def __post_init__(self) -> None:
         density_of(self.pattern, self.sparsity)
-        if self.damping < 0 or self.iterations < 1 or self.refit < 0:
-            raise ValueError("damping and refit are at least 0, iterations at least 1")
+        if self.damping < 0 or self.iterations < 1 or self.refit < 0 or not 0 <= self.asymmetry <= 1:
+            raise ValueError("damping and refit are at least 0, iterations at least 1, asymmetry is in 0..1")
 
 
-def alps(weight: Tensor, statistics: InputStatistics, options: AlpsOptions) -> Rewritten:
+def alps(
+    weight: Tensor,
+    statistics: InputStatistics,
+    options: AlpsOptions,
+    cross: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> Rewritten:
     """Prune `weight` (out, in) so that the layer's output changes least.
 
     Args:
         weight: (out, in), floating point.
         statistics: of the input, with its Hessian.
+        cross: C = E[(x_fp - x) x^T] (in, in) for asymmetric calibration; None for none.
+        row_weights: (out,) positive, what an error of each output counts; None for all alike.
 
     Returns:
         `Sparse(pattern, Dense)` in the weight's dtype. The report has `density`, `iterations`, and
@@ -61,16 +71,20 @@ def alps(weight: Tensor, statistics: InputStatistics, options: AlpsOptions) -> R
     hessian = statistics.require_hessian().to(weight.device, torch.float32)
     check_shapes(weight, hessian)
     target, group = weight.float(), parse_pattern(options.pattern)
+    if cross is not None:
+        factor = damped_inverse_factor(hessian, options.damping, per_channel=True)
+        target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry)
+    rows = 1.0 if row_weights is None else row_weights.to(target)[:, None]
     metric = Metric.of(hessian, options.damping)
     admm = Admm(metric, density_of(options.pattern, options.sparsity), group)
-    admm.start(metric.scaled(target))
-    gradient = metric.scaled(target) @ metric.matrix
+    admm.start(metric.scaled(target) * rows)
+    gradient = metric.scaled(target) * rows @ metric.matrix
     for _ in range(options.iterations):
         admm.step(gradient)
         if admm.settled:
             break
     mask = admm.support
-    pruned = refit(target, metric, mask, metric.unscaled(admm.sparse), options.refit)
+    pruned = refit(target, metric, mask, metric.unscaled(admm.sparse) / rows, options.refit)
     form = sparse_form(pruned, mask, group, weight.dtype)
     report: dict[str, Any] = {
         "damping": options.damping,

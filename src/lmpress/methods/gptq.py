@@ -153,20 +153,26 @@ def columns_in_order(diagonal: Tensor, options: GptqOptions) -> Tensor:
 
 
 def asymmetric_target(
-    weight: Tensor, hessian: Tensor, cross: Tensor, factor: InverseFactor, amount: float, rank: Tensor
+    weight: Tensor,
+    hessian: Tensor,
+    cross: Tensor,
+    factor: InverseFactor,
+    amount: float,
+    rank: Tensor | None = None,
 ) -> Tensor:
     """`W + amount * W C (H + damping)^-1`: where `E|W x_fp - Q x|^2` is least over all Q.
 
     Args:
         weight: W (out, in).
         cross: C = E[(x_fp - x) x^T] (in, in).
-        factor: of H in the order `rank`.
+        factor: of H in the order `rank`; None for the order of the inputs.
     """
     if cross.shape != hessian.shape:
         raise ValueError(f"a cross matrix of {tuple(cross.shape)} for a Hessian of {tuple(hessian.shape)}")
-    moved = (weight @ cross)[:, rank] @ factor.upper.T @ factor.upper
+    order = torch.arange(len(hessian), device=hessian.device) if rank is None else rank
+    moved = (weight @ cross)[:, order] @ factor.upper.T @ factor.upper
     target = weight.clone()
-    target[:, rank] += amount * moved
+    target[:, order] += amount * moved
     return target
 
 

@@ -96,15 +96,19 @@ def low_rank_correction(
 
 
 def quantized_factors(
-    residual: Tensor, statistics: InputStatistics, rank: int, options: CorrectionOptions
+    residual: Tensor,
+    statistics: InputStatistics,
+    rank: int,
+    options: CorrectionOptions,
+    row_weights: Tensor | None = None,
 ) -> LowRank:
     """The best factors of `residual` (out, in), quantized one after the other, each making up for the
-    last."""
+    last; `row_weights` (out,) is what an error of each output counts, None for all alike."""
     if options.bits is None:
         raise ValueError("quantized factors need a number of bits")
     metric = damped(statistics.require_hessian().to(residual.device), options.damping)
-    left, right = (f.float() for f in project_exactly(residual, metric, rank))
-    left, right = balanced(left, right)
+    weighted = residual if row_weights is None else residual * row_weights.to(residual)[:, None]
+    _, right = balanced(*(f.float() for f in project_exactly(weighted, metric, rank)))
     how = GptqOptions(
         bits=options.bits,
         granularity=options.granularity,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Form
-from lmpress.methods.gptq import check_shapes
+from lmpress.methods.gptq import asymmetric_target, check_shapes
 from lmpress.methods.hessian import InverseFactor, damped_inverse_factor, feed_back, relative_loss
 from lmpress.methods.patterns import (
     Grid,
@@ -64,6 +64,7 @@ class SparseGptOptions:
         per_channel_damping: relative to each H_jj instead of the mean.
         block: columns whose weights compete for one budget (unstructured).
         sweeps: passes of coordinate descent after the pruning; each costs about as much as the pruning.
+        asymmetry: how far to move towards the target of asymmetric calibration, 0 to 1; needs `cross`.
         scale_dtype: of the stored scales; None for float16 where it is precise enough, else float32.
     """
 
@@ -78,14 +79,15 @@ class SparseGptOptions:
     per_channel_damping: bool = False
     block: int = 128
     sweeps: int = 0
+    asymmetry: float = 0.5
     scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         density_of(self.pattern, self.sparsity)
         if self.case not in CASES:
             raise ValueError(f"the case is one of {', '.join(CASES)}, not {self.case!r}")
-        if self.damping < 0 or self.sweeps < 0 or self.block < 1:
-            raise ValueError("damping and sweeps are at least 0, block at least 1")
+        if self.damping < 0 or self.sweeps < 0 or self.block < 1 or not 0 <= self.asymmetry <= 1:
+            raise ValueError("damping and sweeps are at least 0, block at least 1, asymmetry is in 0..1")
         if self.bits is not None:
             if not 2 <= self.bits <= 8:
                 raise ValueError(f"survivors are quantized to 2 to 8 bits, not {self.bits}")
@@ -94,12 +96,21 @@ class SparseGptOptions:
                 check_grid_fits(self.symmetric, self.granularity == "tensor", parse_pattern(self.pattern))
 
 
-def sparsegpt(weight: Tensor, statistics: InputStatistics, options: SparseGptOptions) -> Rewritten:
+def sparsegpt(
+    weight: Tensor,
+    statistics: InputStatistics,
+    options: SparseGptOptions,
+    cross: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> Rewritten:
     """Prune `weight` (out, in), and quantize it in the same pass where `bits` is set.
 
     Args:
         weight: (out, in), floating point.
         statistics: of the input, with its Hessian.
+        cross: C = E[(x_fp - x) x^T] (in, in) for asymmetric calibration; None for none.
+        row_weights: (out,) positive, what an error of each output counts: rows compete for what is kept.
+            None for all alike.
 
     Returns:
         `Sparse(pattern, Dense)` in the weight's dtype; with `bits`, `Sparse(pattern, Quantized)` or, in case
@@ -113,14 +124,16 @@ def sparsegpt(weight: Tensor, statistics: InputStatistics, options: SparseGptOpt
     hessian = _hessian(weight, statistics)
     factor = damped_inverse_factor(hessian, options.damping, per_channel=options.per_channel_damping)
     target, grid = weight.float(), None
+    if cross is not None:
+        target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry)
     if options.bits is not None:
         fitted = target
         if options.case == "survivors":
-            pruned = _Solver(target, replace(options, bits=None), None, None)
+            pruned = _Solver(target, replace(options, bits=None), None, None, row_weights)
             pruned.solve(factor.upper)
             fitted = pruned.columns.T
         grid = _fit(fitted, hessian, options)
-    return _solve(target, weight.dtype, hessian, factor, options, None, grid)
+    return _solve(target, weight.dtype, hessian, factor, options, None, grid, row_weights)
 
 
 def quantize_survivors(form: Form, statistics: InputStatistics, options: SparseGptOptions) -> Rewritten:
@@ -190,8 +203,9 @@ def _solve(
     options: SparseGptOptions,
     mask: Tensor | None,
     grid: Grid | None,
+    row_weights: Tensor | None = None,
 ) -> Rewritten:
-    solver = _Solver(target, options, mask, grid)
+    solver = _Solver(target, options, mask, grid, row_weights)
     solver.solve(factor.upper)
     for _ in range(options.sweeps):
         solver.sweep(hessian, factor)
@@ -210,9 +224,15 @@ class _Solver:
     """SparseGPT on one weight: the columns as rows of a transposed copy."""
 
     def __init__(
-        self, target: Tensor, options: SparseGptOptions, mask: Tensor | None, grid: Grid | None
+        self,
+        target: Tensor,
+        options: SparseGptOptions,
+        mask: Tensor | None,
+        grid: Grid | None,
+        row_weights: Tensor | None,
     ) -> None:
         self.options, self.grid = options, grid
+        self.row_scores = None if row_weights is None else row_weights.to(target).square()
         self.group = parse_pattern(options.pattern)
         self.density = density_of(options.pattern, options.sparsity)
         self.original = target.T.contiguous()  # (in, out)
@@ -241,6 +261,8 @@ class _Solver:
         if self.grid is not None:
             scores -= (self.columns[run] - self._rounded(run)).square()  # what keeping them costs
         scores /= diagonal[run, None].square()
+        if self.row_scores is not None:
+            scores *= self.row_scores
         if self.group:
             kept = scores.topk(self.group[0], dim=0, sorted=False).indices
             self.keep[run].scatter_(0, kept, True)

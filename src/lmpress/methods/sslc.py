@@ -17,6 +17,9 @@ L comes from subspace iteration that starts where the last round ended: one thin
 most salient weights (the largest `|W_ij| sqrt(E[x_j^2])`) always stay in S, and the first L does not see
 them.
 
+Errors of outputs may count by weights of their own (rows of S compete, and L serves those that matter), and
+the target may be moved towards what the outputs are in the dense model (see `gptq.asymmetric_target`).
+
 Budget, in parameters as OATS counts them: of the 1 - c that are kept, kappa goes to L,
 `r = floor(kappa (1 - c) m n / (m + n))`, and S has the density `(1 - kappa)(1 - c)`. An n:m pattern fixes the
 density of S, and L comes on top, `r = floor(kappa / (1 - kappa) (n / m) ...)`. `kappa=None` searches for
@@ -33,8 +36,8 @@ from torch import Tensor
 
 from lmpress.forms import Dense, Form, LowRank, Sum
 from lmpress.methods.alps import Admm, Metric, refit
-from lmpress.methods.gptq import check_shapes
-from lmpress.methods.hessian import relative_loss
+from lmpress.methods.gptq import asymmetric_target, check_shapes
+from lmpress.methods.hessian import damped_inverse_factor, relative_loss
 from lmpress.methods.low_rank_correction import CorrectionOptions, quantized_factors
 from lmpress.methods.patterns import keep_largest, parse_pattern, sparse_form
 from lmpress.methods.result import Rewritten
@@ -68,6 +71,7 @@ class SslcOptions:
         survivors: how to quantize S (its `bits`, `granularity`, ...), jointly compensated; None for floats.
         factors: how to quantize the factors of L (`bits`, `granularity`); its rank plays no part. None for
             floats.
+        asymmetry: how far to move towards the target of asymmetric calibration, 0 to 1; needs `cross`.
     """
 
     sparsity: float = 0.5
@@ -82,6 +86,7 @@ class SslcOptions:
     seed: int = 0
     survivors: SparseGptOptions | None = None
     factors: CorrectionOptions | None = None
+    asymmetry: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1 or not 0 <= self.protect < 1:
@@ -94,16 +99,25 @@ class SslcOptions:
             raise ValueError("an n:m pattern needs a kappa below 1: there is no budget to split")
         if self.survivors is not None and self.survivors.pattern != self.pattern:
             raise ValueError("the survivors' options name another pattern")
-        if self.iterations < 1 or self.refit < 0 or self.damping < 0:
-            raise ValueError("iterations are at least 1, refit and damping at least 0")
+        if self.iterations < 1 or self.refit < 0 or self.damping < 0 or not 0 <= self.asymmetry <= 1:
+            raise ValueError("iterations are at least 1, refit and damping at least 0, asymmetry is in 0..1")
 
 
-def sslc(weight: Tensor, statistics: InputStatistics, options: SslcOptions) -> Rewritten:
+def sslc(
+    weight: Tensor,
+    statistics: InputStatistics,
+    options: SslcOptions,
+    cross: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> Rewritten:
     """Rewrite `weight` (out, in) as sparse + low-rank.
 
     Args:
         weight: (out, in), floating point.
-        statistics: of the input, with its Hessian for the metric `hessian` and for any quantization.
+        statistics: of the input, with its Hessian for the metric `hessian`, for any quantization and for a
+            `cross`.
+        cross: C = E[(x_fp - x) x^T] (in, in) for asymmetric calibration; None for none.
+        row_weights: (out,) positive, what an error of each output counts; None for all alike.
 
     Returns:
         `Sum(Sparse, LowRank)` in the weight's dtype or quantized; only one of the two where the budget
@@ -116,11 +130,13 @@ def sslc(weight: Tensor, statistics: InputStatistics, options: SslcOptions) -> R
         ValueError: missing statistics, shapes that do not fit, an m that does not divide the columns.
     """
     _check(weight, statistics, options)
+    target, splits = weight.float(), None
+    if cross is not None:
+        target = _moved(target, statistics, options, cross)
     if options.kappa is None:
-        kappa, splits = best_split(weight, statistics, options)
-        result = sslc(weight, statistics, replace(options, kappa=kappa))
-        return Rewritten(result.form, result.report | {"splits": splits})
-    problem = _Problem(weight.float(), statistics, options)
+        kappa, splits = best_split(target, statistics, options, row_weights)
+        options = replace(options, kappa=kappa)
+    problem = _Problem(target, statistics, options, row_weights)
     rounds = problem.by_admm() if options.metric == "hessian" else problem.by_alternation()
     form = problem.form(statistics, weight.dtype)
     m, n = weight.shape
@@ -134,8 +150,14 @@ def sslc(weight: Tensor, statistics: InputStatistics, options: SslcOptions) -> R
         "curve": [float(f"{error:.4g}") for error in problem.curve],
     }
     if statistics.hessian is not None:
-        report["output_error"] = relative_loss(weight, form.dense(), statistics.hessian.to(weight.device))
-    return Rewritten(form, report)
+        report["output_error"] = relative_loss(target, form.dense(), statistics.hessian.to(weight.device))
+    return Rewritten(form, report if splits is None else report | {"splits": splits})
+
+
+def _moved(target: Tensor, statistics: InputStatistics, options: SslcOptions, cross: Tensor) -> Tensor:
+    hessian = statistics.require_hessian().to(target)
+    factor = damped_inverse_factor(hessian, options.damping, per_channel=True)
+    return asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry)
 
 
 def split_budget(
@@ -156,7 +178,7 @@ def split_budget(
 
 
 def best_split(
-    weight: Tensor, statistics: InputStatistics, options: SslcOptions
+    weight: Tensor, statistics: InputStatistics, options: SslcOptions, row_weights: Tensor | None = None
 ) -> tuple[float, dict[str, float]]:
     """The kappa of the least error in short runs, and the errors by kappa."""
     short = replace(
@@ -165,7 +187,7 @@ def best_split(
     errors: dict[float, float] = {}
     rises = 0
     for kappa in SPLITS:
-        problem = _Problem(weight.float(), statistics, replace(short, kappa=kappa))
+        problem = _Problem(weight.float(), statistics, replace(short, kappa=kappa), row_weights)
         if options.metric == "hessian":
             problem.by_admm()
         else:
@@ -188,11 +210,19 @@ def _check(weight: Tensor, statistics: InputStatistics, options: SslcOptions) ->
 
 
 class _Problem:
-    """One weight W diag(s) = S + L, all in the scaled inputs, where the metric has a unit diagonal."""
+    """One weight diag(r) W diag(s) = S + L: outputs by their weight, inputs so that the metric has a unit
+    diagonal."""
 
-    def __init__(self, weight: Tensor, statistics: InputStatistics, options: SslcOptions) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        statistics: InputStatistics,
+        options: SslcOptions,
+        row_weights: Tensor | None,
+    ) -> None:
         assert options.kappa is not None
-        self.options, self.weight = options, weight
+        self.options, self.weight, self.row_weights = options, weight, row_weights
+        self.rows = weight.new_ones(()) if row_weights is None else row_weights.to(weight)[:, None]
         self.group = parse_pattern(options.pattern)
         shape = (weight.shape[0], weight.shape[1])
         self.rank, self.density = split_budget(shape, options.sparsity, options.kappa, self.group)
@@ -200,15 +230,21 @@ class _Problem:
         assert hessian is not None
         self.metric = Metric.of(hessian.to(weight.device, torch.float32), options.damping)
         self.matrix = self.metric.matrix if options.metric == "hessian" else None
-        self.target = self.metric.scaled(weight)
+        self.target = self._scaled(weight)
         self.image = self._times(self.target)
         self.total = float((self.image * self.target).sum())
-        scores = wanda_scores(weight, statistics)
+        scores = wanda_scores(weight, statistics) * self.rows
         share = min(options.protect, self.density)
         self.protected = keep_largest(scores, share, None, per_row=False)
         self.subspace = Subspace(*shape, self.rank, options.seed, weight.device)
         self.curve: list[float] = []
         self._keep(self.target * self.protected, torch.zeros_like(self.target), *self._low_rank(None, 4))
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        return self.metric.scaled(weight) * self.rows
+
+    def _unscaled(self, scaled: Tensor) -> Tensor:
+        return self.metric.unscaled(scaled) / self.rows
 
     def _times(self, matrix: Tensor) -> Tensor:
         return matrix if self.matrix is None else matrix @ self.matrix
@@ -268,13 +304,12 @@ class _Problem:
 
     def _refit(self, target: Tensor, start: Tensor, steps: int) -> Tensor:
         """The best values of S on its support for a scaled target."""
-        metric = self.metric
-        best = refit(metric.unscaled(target), metric, self.mask, metric.unscaled(start), steps)
-        return metric.scaled(best)
+        best = refit(self._unscaled(target), self.metric, self.mask, self._unscaled(start), steps)
+        return self._scaled(best)
 
     def form(self, statistics: InputStatistics, dtype: torch.dtype) -> Form:
         """The result, quantized as the options say: L first, then S, which makes up for the error of L."""
-        options, metric = self.options, self.metric
+        options = self.options
         terms: list[Form] = []
         low_rank = None
         if self.rank:
@@ -287,8 +322,8 @@ class _Problem:
             else:
                 values = self.sparse
                 if options.factors is not None:
-                    values = self._refit(metric.scaled(target), values, options.refit)
-                terms.append(sparse_form(metric.unscaled(values), self.mask, self.group, dtype))
+                    values = self._refit(self._scaled(target), values, options.refit)
+                terms.append(sparse_form(self._unscaled(values), self.mask, self.group, dtype))
         if low_rank is not None:
             terms.append(low_rank)
         if not terms:
@@ -297,7 +332,7 @@ class _Problem:
 
     def _low_rank_form(self, statistics: InputStatistics, dtype: torch.dtype) -> LowRank:
         if self.options.factors is not None:
-            residual = self.metric.unscaled(self.target - self.sparse)
-            return quantized_factors(residual, statistics, self.rank, self.options.factors)
+            residual = self._unscaled(self.target - self.sparse)
+            return quantized_factors(residual, statistics, self.rank, self.options.factors, self.row_weights)
         left, right = balanced(self.left, self.metric.unscaled(self.right))
-        return LowRank(Dense(left.to(dtype)), Dense(right.to(dtype)))
+        return LowRank(Dense((left / self.rows).to(dtype)), Dense(right.to(dtype)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lmpress.methods.gptq import GptqOptions
 from lmpress.methods.knapsack import solve
 from lmpress.methods.mixed_precision import error_deviations, predicted_losses
 from lmpress.methods.rtn import choose_scale_dtype
+from lmpress.methods.sparsity_allocation import removal_costs, removal_curve, shares_for_budget
 from lmpress.methods.svd_llm import ranks_for_budget, row_weights, spectrum
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.prediction import Leaf
@@ -36,7 +37,7 @@ from lmpress.pipeline.rewriting import TableMetric, current_form
 from lmpress.pipeline.sensitivity import entrances, head_statistics, sensitivities
 from lmpress.pipeline.stream import BlockStream
 from lmpress.pipeline.surveys import key_of
-from lmpress.recipes import EntropyQuantize, LeafContext, Pivot, Quantize, Svd
+from lmpress.recipes import EntropyQuantize, LeafContext, Pivot, Quantize, SparseLowRank, Sparsify, Svd
 from lmpress.statistics import InputStatistics
 
 CHOICES = (2, 3, 4, 5, 6, 7, 8)
@@ -74,6 +75,7 @@ class Allocation:
         curves: what each module takes at every step of the grid, by step of the recipe and module.
         sensitivity: mean squared gradient by output, by module; and what tables need.
         tokens: that the survey looked at.
+        kept: shares of their parameters that modules keep, by step and module.
     """
 
     bits: dict[int, dict[str, int]]
@@ -82,12 +84,14 @@ class Allocation:
     curves: dict[int, dict[str, RateCurve]]
     sensitivity: dict[str, Tensor]
     tokens: int = 0
+    kept: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], sensitivity: dict[str, Tensor], plan: Plan) -> Allocation:
         """From what `survey_budgets` told."""
         bits: dict[int, dict[str, int]] = {}
         ranks: dict[int, dict[str, int]] = {}
+        kept: dict[int, dict[str, float]] = {}
         targets: dict[int, float] = {}
         curves: dict[int, dict[str, RateCurve]] = {}
         for key, told in entry["budgets"].items():
@@ -102,9 +106,14 @@ class Allocation:
                 _check_rate(plan, index, step.bits, list(curves[index].values()))
             elif isinstance(step, Svd):
                 ranks[index] = {name: int(rank) for name, rank in told["ranks"].items()}
+            elif isinstance(step, Sparsify | SparseLowRank):
+                names = list(told["curves"])
+                weights = [math.prod(plan.modules[name].shape) for name in names]
+                shares = shares_for_budget([told["curves"][name] for name in names], weights, 1 - step.share)
+                kept[index] = {} if step.group else dict(zip(names, shares, strict=True))
             else:
                 bits[index] = {name: int(width) for name, width in told["bits"].items()}
-        return cls(bits, ranks, targets, curves, sensitivity, int(entry.get("tokens", 0)))
+        return cls(bits, ranks, targets, curves, sensitivity, int(entry.get("tokens", 0)), kept)
 
     def shares(
         self, names: Iterable[str], past: Sequence[Mapping[str, Any]], tried: Mapping[str, Any] | None = None
@@ -122,8 +131,11 @@ class Allocation:
             bits = next((own[name] for own in self.bits.values() if name in own), None)
             step = next((steps[i] for i in steps if name in self.curves[i]), None)
             rank = next((own[name] for own in self.ranks.values() if name in own), None)
+            keep = next((own[name] for own in self.kept.values() if name in own), None)
             sensitivity = self.sensitivity.get(name)
-            shares[name] = LeafContext(bits=bits, grid_step=step, rank=rank, sensitivity=sensitivity)
+            shares[name] = LeafContext(
+                bits=bits, grid_step=step, rank=rank, keep=keep, sensitivity=sensitivity
+            )
         return shares
 
     def table(self, name: str, layout: Layout) -> TableMetric | None:
@@ -244,13 +256,22 @@ def _coded(form: Form) -> tuple[int, int]:
 def survey_key(plan: Plan, model: str, text: str, precision: torch.dtype) -> str | None:
     """The key of a survey that recipes can share (see `key_of`): curves of rates hold at every target."""
     steps = {index: plan.recipe.steps[index] for index in plan.budgets}
-    if not all(isinstance(step, EntropyQuantize) for step in steps.values()):
+    looks = {index: _look(step) for index, step in steps.items()}
+    if None in looks.values():
         return None
-    budgets = {
-        i: [step.model_dump(mode="json") | {"bits": None}, plan.budgets[i]] for i, step in steps.items()
-    }
+    budgets = {index: [look, plan.budgets[index]] for index, look in looks.items()}
     told = {"budgets": budgets, "tables": plan.weighs_tokens, "dtype": str(plan.dtype)}
     return key_of(plan, model, text, precision, **told)
+
+
+def _look(step: Any) -> dict[str, Any] | None:
+    """What decides the curves of a step, whatever its target; None where there is more to a survey than
+    curves."""
+    if isinstance(step, EntropyQuantize):
+        return dict(step.model_dump(mode="json") | {"bits": None})
+    if isinstance(step, Sparsify | SparseLowRank):
+        return {"removal": step.damped}
+    return None
 
 
 def survey_budgets(
@@ -323,6 +344,8 @@ def _deviations(step: Any, inputs: InputStatistics) -> Tensor:
     """What the error of an input's column is divided by, as the solver of the step weighs it."""
     if isinstance(step, EntropyQuantize):
         return conditional_deviations(inputs, step.options())
+    if isinstance(step, Sparsify | SparseLowRank):
+        return removal_costs(inputs, step.damped)
     assert isinstance(step, Quantize)
     feedback = None
     if step.solver == "gptq":
@@ -334,6 +357,8 @@ def _outlook(step: Any, weight: Tensor, deviations: Tensor, sensitivity: Tensor)
     """What one module costs: its rate at every step, or its loss and size at every number of bits."""
     if isinstance(step, EntropyQuantize):
         return asdict(rate_curve(weight, deviations, step.options(), sensitivity=sensitivity))
+    if isinstance(step, Sparsify | SparseLowRank):
+        return removal_curve(weight, deviations, sensitivity)
     assert isinstance(step, Quantize)
     grid, symmetric = step.granularity, step.symmetric
     losses = predicted_losses(
@@ -359,6 +384,8 @@ def _given_out(plan: Plan, index: int, told: Mapping[str, Any]) -> dict[str, Any
     place = _place(plan, index)
     if isinstance(step, EntropyQuantize):
         _check_rate(plan, index, step.bits, [RateCurve(**told[name]) for name in names])
+        return {"curves": {name: told[name] for name in names}}
+    if isinstance(step, Sparsify | SparseLowRank):
         return {"curves": {name: told[name] for name in names}}
     if isinstance(step, Svd):
         ranks = ranks_for_budget(

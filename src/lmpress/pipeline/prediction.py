@@ -159,10 +159,10 @@ def _after(
     if isinstance(step, Pivot):
         return leaves, False  # fewer numbers, or as many where pivoting is not safe
     if isinstance(step, Sparsify):
-        return [_sparse(step, leaf) for leaf in leaves], True
+        return [_sparse(step, leaf) for leaf in leaves], not step.shares_budget
     if isinstance(step, SparseLowRank):
         if step.kappa is not None:
-            return _split(step, shape, step.kappa), True
+            return _split(step, shape, step.kappa), not step.shares_budget
         splits = [_split(step, shape, kappa) for kappa in SPLITS]
         return max(splits, key=lambda split: sum(leaf.bytes(itemsize) for leaf in split)), False
     if isinstance(step, Correct):

@@ -94,6 +94,7 @@ class LeafContext:
         cross: E[(x_fp - x) x^T] (in, in), x being the input of the module and x_fp that of the dense model;
             None where nobody asked for it, and behind a factor.
         rank: the share of a budget of parameters; 0 where the weight is better left dense.
+        keep: the share of its parameters that the module keeps, of a budget of these.
     """
 
     granularity: str | None = None
@@ -104,6 +105,7 @@ class LeafContext:
     sensitivity: Tensor | None = None
     cross: Tensor | None = None
     rank: int | None = None
+    keep: float | None = None
 
     def behind(self, matrix: Tensor) -> LeafContext:
         """The context of a factor whose outputs (r,) go through `matrix` (out, r) to become the module's."""

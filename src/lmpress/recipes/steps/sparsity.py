@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from lmpress.forms import Dense, Form
 from lmpress.methods.alps import AlpsOptions, alps
@@ -14,6 +15,7 @@ from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import parse_granularity
 from lmpress.methods.sparsegpt import SparseGptOptions, sparsegpt
 from lmpress.methods.sslc import SslcOptions, sslc
+from lmpress.methods.svd_llm import row_weights
 from lmpress.methods.wanda import WandaOptions, wanda
 from lmpress.recipes.steps.base import LeafContext, LeafStep, Positive, Ratio, group_of
 from lmpress.statistics import InputStatistics
@@ -32,6 +34,11 @@ class _Sparse(LeafStep):
         granularity: of their grid over the whole matrix.
         symmetric: no zero points.
         clip: search the range of every scale for the least squared error.
+        allocation: `uniform` takes the same share from every module. `sensitivity` takes `sparsity` from all
+            modules together, those entries that the model's loss misses least; outputs count by how
+            sensitive the model is to them.
+        asymmetry: how far to move towards the outputs of the dense model, 0 to 1 (GPTAQ, arXiv 2504.02692).
+            Calibration takes twice as long.
     """
 
     sparsity: Sparsity | None = None
@@ -40,6 +47,8 @@ class _Sparse(LeafStep):
     granularity: str = "channel"
     symmetric: bool = True
     clip: bool = True
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
+    asymmetry: Ratio = 0.0
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -78,6 +87,14 @@ class _Sparse(LeafStep):
         return True
 
     @property
+    def shares_budget(self) -> bool:
+        return self.allocation != "uniform"
+
+    @property
+    def needs_original(self) -> bool:
+        return self.asymmetry > 0
+
+    @property
     def column_groups(self) -> dict[str, int]:
         groups = {} if self.bits is None else group_of(self.granularity)
         return groups if self.group is None else groups | {f"the pattern {self.pattern}": self.group[1]}
@@ -90,6 +107,22 @@ class _Sparse(LeafStep):
     def share(self) -> float:
         """`sparsity`, or a number that plays no part beside an n:m pattern."""
         return 0.5 if self.sparsity is None else self.sparsity
+
+    @property
+    def damped(self) -> float:
+        """The damping of the Hessian, relative to its diagonal."""
+        raise NotImplementedError
+
+    def removed(self, context: LeafContext) -> float:
+        """The share that one module loses."""
+        return self.share if context.keep is None else 1 - context.keep
+
+    def guides(self, context: LeafContext) -> tuple[Tensor | None, Tensor | None]:
+        """What the solvers are told of other modules: the cross matrix, and what each output counts."""
+        rows = None
+        if self.shares_budget and context.sensitivity is not None:
+            rows = row_weights(context.sensitivity)
+        return context.cross if self.needs_original else None, rows
 
 
 class Sparsify(_Sparse):
@@ -118,6 +151,14 @@ class Sparsify(_Sparse):
             )
         if self.case == "all" and self.bits is None:
             raise ValueError("case: all is of quantization in the same pass: give it `bits`")
+        if not self.needs_hessian and (self.shares_budget or self.asymmetry):
+            raise ValueError(
+                f"`allocation` and `asymmetry` are for sparsegpt and alps, not for {self.method}"
+            )
+        if self.shares_budget and self.group is not None:
+            raise ValueError(
+                f"pattern {self.pattern} takes the same from every row: there is no budget to share"
+            )
         self.options()
         return self
 
@@ -129,18 +170,23 @@ class Sparsify(_Sparse):
     def needs_statistics(self) -> bool:
         return self.method != "magnitude"
 
-    def options(self) -> SparseGptOptions:
-        """What SparseGPT is told."""
+    @property
+    def damped(self) -> float:
+        return (0.01 if self.method == "sparsegpt" else 0.1) if self.damping is None else self.damping
+
+    def options(self, share: float | None = None) -> SparseGptOptions:
+        """What SparseGPT is told; `share` is removed, None for what the step says."""
         return SparseGptOptions(
-            sparsity=self.share,
+            sparsity=self.share if share is None else share,
             pattern=self.pattern,
             bits=self.bits,
             case=self.case,
             granularity=self.granularity,
             symmetric=self.symmetric,
             clip=self.clip,
-            damping=0.01 if self.damping is None else self.damping,
+            damping=self.damped,
             sweeps=self.sweeps,
+            asymmetry=self.asymmetry,
         )
 
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
@@ -152,10 +198,11 @@ class Sparsify(_Sparse):
             return wanda(weight, statistics, WandaOptions(self.share, self.pattern, self.method, per_row))
         if statistics is None:
             raise ValueError(f"sparsify by method: {self.method} needs calibration text")
+        share = self.removed(context)
         if self.method == "alps":
-            damping = 0.1 if self.damping is None else self.damping
-            return alps(weight, statistics, AlpsOptions(self.share, self.pattern, damping))
-        return sparsegpt(weight, statistics, self.options())
+            options = AlpsOptions(share, self.pattern, self.damped, asymmetry=self.asymmetry)
+            return alps(weight, statistics, options, *self.guides(context))
+        return sparsegpt(weight, statistics, self.options(share), *self.guides(context))
 
 
 class SparseLowRank(_Sparse):
@@ -190,10 +237,15 @@ class SparseLowRank(_Sparse):
 
     @property
     def needs_hessian(self) -> bool:
-        return self.metric == "hessian" or self.bits is not None or self.factor_bits is not None
+        quantized = self.bits is not None or self.factor_bits is not None
+        return self.metric == "hessian" or quantized or self.shares_budget or self.needs_original
 
-    def options(self, seed: int = 0) -> SslcOptions:
-        """What the method is told."""
+    @property
+    def damped(self) -> float:
+        return self.damping
+
+    def options(self, seed: int = 0, share: float | None = None) -> SslcOptions:
+        """What the method is told; `share` is removed, None for what the step says."""
         survivors = factors = None
         if self.bits is not None:
             survivors = SparseGptOptions(
@@ -209,7 +261,7 @@ class SparseLowRank(_Sparse):
         if self.factor_bits is not None:
             factors = CorrectionOptions(bits=self.factor_bits)
         return SslcOptions(
-            sparsity=self.share,
+            sparsity=self.share if share is None else share,
             kappa=self.kappa,
             pattern=self.pattern,
             metric=self.metric,
@@ -219,6 +271,7 @@ class SparseLowRank(_Sparse):
             seed=seed,
             survivors=survivors,
             factors=factors,
+            asymmetry=self.asymmetry,
         )
 
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
@@ -228,4 +281,5 @@ class SparseLowRank(_Sparse):
             )
         if statistics is None:
             raise ValueError("sparse_low_rank needs calibration text")
-        return sslc(leaf.weight, statistics, self.options(context.seed))
+        options = self.options(context.seed, self.removed(context))
+        return sslc(leaf.weight, statistics, options, *self.guides(context))
