@@ -2,14 +2,14 @@
 
     python benchmarks/rates.py -o DIR --c4 FILE --text FILE [--kind bits] [--max-tokens N] [--only NAME ...]
 
-Kinds: `bits`, every way of quantizing at every rate; `structure`, what sparsity and low rank keep at half of
-the parameters, and at equal bytes; `both`, structure and bits together; `all`, these three; `calibration`,
-GPTQ at 4 bits by what its moments are gathered with.
+Kinds: `bits`, every way of quantizing at every rate; `both`, structure and bits together at these rates;
+`all`, these two; `structure`, what sparsity and low rank keep at half of the parameters, and at equal bytes;
+`calibration`, GPTQ at 4 bits by what its moments are gathered with.
 
 FILE of C4 has a document a line: the last fifth is held back and evaluated on, the rest is calibrated on.
 Prints one table (block bits per weight and bytes of the whole directory, perplexity on both texts relative to
 the dense model of the same run, KL divergence), how the coder does against the entropy, how long the model
-takes to load, and the protocol. A recipe takes three to ten minutes on two cores.
+takes to load, and the protocol. A recipe takes one to ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lmpress.progress import console
 from lmpress.recipes import load_recipe
 
 WEIGHTED = {"weighting": "positions"}
+GUIDED = {"allocation": "sensitivity", "asymmetry": 0.5}
 COARSE = {"quantize": {"targets": "embeddings", "bits": 8, "granularity": "channel"}}
 
 
@@ -43,21 +44,23 @@ def alone(name: str, step: dict[str, Any]) -> dict[str, Any]:
 def chosen(kind: str) -> list[Any]:
     """The recipes of a table. Those of `bits` have the same embeddings, 8 bits a row."""
     if kind == "all":
-        return [recipe for part in ("bits", "structure", "both") for recipe in chosen(part)]
+        return [*chosen("bits"), *chosen("both")]
     if kind == "calibration":
         return by_calibration()
     if kind == "bits":
         fixed = ["gptq-8bit", "gptq-4bit", "mixed-4bit", "mixed-3bit"]
-        return [*map(load_recipe, fixed), *map(coded, (8.0, 6.0, 4.25, 4.0, 3.25, 2.5))]
+        coded_ones = map(coded, (8.0, 6.0, 4.25, 4.0, 3.25, 2.5))
+        return [*map(load_recipe, fixed), mixed(6.0), mixed(2.5), *coded_ones]
     if kind == "both":
         shipped = ("spq", "spq-4bit", "joint-25-4bit", "joint-50-4bit", "sslc-50-4bit")
-        return [*map(load_recipe, shipped), joint_at_eight_bits()]
+        return [*map(load_recipe, shipped), narrow(), joint(40, 8), joint(60, 3)]
     fixed = ["sslc-50", "sparsegpt-50", "wanda-50", "sslc-2of4", "sparsegpt-2of4", "wanda-2of4"]
     low_rank = {"targets": "linears", "method": "svd_llm"}
     return [
         *map(load_recipe, fixed),
         # published methods take all tokens alike, as their recipes do; `sslc` weighs them, and so does this
         alone("sparsegpt-50-weighted", {"sparsify": {"sparsity": 0.5}}) | {"calibration": WEIGHTED},
+        alone("sparsegpt-50-guided", {"sparsify": {"sparsity": 0.5} | GUIDED}) | {"calibration": WEIGHTED},
         alone("magnitude-50", {"sparsify": {"method": "magnitude", "sparsity": 0.5}}),
         alone("magnitude-2of4", {"sparsify": {"method": "magnitude", "pattern": "2:4"}}),
         alone("svd-llm-50", {"svd": low_rank | {"ratio": 0.5}}),
@@ -80,11 +83,26 @@ def by_calibration() -> list[dict[str, Any]]:
     ]
 
 
-def joint_at_eight_bits() -> dict[str, Any]:
-    """Half of the weights at 8 bits and a bitmap: 5 bits a weight."""
-    joint = {"method": "sparsegpt", "sparsity": 0.5, "bits": 8, "sweeps": 1}
-    plan = {"name": "joint-50-8bit", "calibration": WEIGHTED}
-    return plan | {"steps": [{"sparsify": joint}, COARSE]}
+def mixed(bits: float) -> dict[str, Any]:
+    """Whole bits by module at a rate that no shipped recipe has."""
+    shared = load_recipe("mixed-4bit").steps[0].model_dump() | {"bits": bits}
+    return {"name": f"mixed-{bits}", "calibration": WEIGHTED, "steps": [{"quantize": shared}, COARSE]}
+
+
+def joint(percent: int, bits: int) -> dict[str, Any]:
+    """So many weights of a hundred removed, the others at so many bits, and a bitmap."""
+    grid = "channel" if bits == 8 else "group:64"
+    one_pass = {"sparsity": percent / 100, "bits": bits, "granularity": grid, "sweeps": 1} | GUIDED
+    plan = {"name": f"joint-{percent}-{bits}bit", "calibration": WEIGHTED}
+    return plan | {"steps": [{"sparsify": one_pass}, COARSE]}
+
+
+def narrow() -> dict[str, Any]:
+    """A third of the neurons removed, 8 bits: 6 bits a weight of the dense model, and as much less work."""
+    prune = {"allocation": "loss", "ratio": 0.335, "multiple_of": 32}
+    eight = {"targets": "linears", "bits": 8, "solver": "gptq"}
+    plan = {"name": "narrow-8bit", "calibration": WEIGHTED}
+    return plan | {"steps": [{"prune_neurons": prune}, {"quantize": eight}, COARSE]}
 
 
 def split(path: Path, directory: Path) -> tuple[Path, Path]:
