@@ -55,7 +55,8 @@ def chosen(kind: str) -> list[Any]:
         shipped = ("spq", "spq-4bit", "joint-25-4bit", "joint-50-4bit", "sslc-50-4bit")
         return [*map(load_recipe, shipped), narrow(), joint(40, 8), joint(60, 3)]
     fixed = ["sslc-50", "sparsegpt-50", "wanda-50", "sslc-2of4", "sparsegpt-2of4", "wanda-2of4"]
-    low_rank = {"targets": "linears", "method": "svd_llm"}
+    # with its closed-form update, as the paper advises where much is removed
+    low_rank = {"targets": "linears", "method": "svd_llm", "update": 1.0}
     return [
         *map(load_recipe, fixed),
         # published methods take all tokens alike, as their recipes do; `sslc` weighs them, and so does this
