@@ -72,3 +72,11 @@ def test_one_curve_a_module() -> None:
     assert shares_for_budget([], [], 0.5) == []
     with pytest.raises(ValueError, match="one curve"):
         shares_for_budget([[0.0]], [1, 2], 0.5)
+
+
+def test_a_module_without_a_gradient_is_missed_least() -> None:
+    weight, _, statistics = layer(16, 32)
+    costs = removal_costs(statistics, 0.1)
+    curves = [removal_curve(weight, costs, torch.full((16,), s)) for s in (0.0, 1e-9)]
+    assert max(curves[0]) < min(curves[1])
+    assert shares_for_budget(curves, [1, 1], 0.5) == pytest.approx([0.5 - SPREAD / 2, 0.5 + SPREAD / 2])

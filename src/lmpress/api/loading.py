@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lmpress.checkpoint import checked_resident, is_compressed, shard_paths, verify_checkpoint
+from lmpress.checkpoint import (
+    checked_resident,
+    is_compressed,
+    shard_paths,
+    use_sparse_cores,
+    verify_checkpoint,
+)
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms.base import float_dtype
 from lmpress.pipeline import load_dense, open_source
@@ -63,8 +69,10 @@ def load_any(model: str | Path, dtype: str = "auto", device: str = "auto") -> tu
     path = Path(model).expanduser()
     chosen, asked = device_of(device), _dtype(dtype)
     if path.is_dir() and is_compressed(path):
-        loaded = load(path, dtype=asked or "auto")
-        return loaded.to(chosen), AutoTokenizer.from_pretrained(path, trust_remote_code=False), path
+        loaded = load(path, dtype=asked or "auto").to(chosen)
+        if chosen != "cpu":
+            use_sparse_cores(loaded)
+        return loaded, AutoTokenizer.from_pretrained(path, trust_remote_code=False), path
     source = open_source(model)
     wanted = asked or (torch.float32 if source.dtype == torch.float64 else source.dtype)
     directory, gguf = source.location

@@ -23,7 +23,15 @@ from lmpress.checkpoint.plugin import (
     checked_resident,
     register,
 )
-from lmpress.checkpoint.swap import cast_floats, densify, forms_of, hold_resident, put_forms, tie_head
+from lmpress.checkpoint.swap import (
+    cast_floats,
+    densify,
+    forms_of,
+    hold_resident,
+    put_forms,
+    tie_head,
+    use_sparse_cores,
+)
 from lmpress.checkpoint.verify import is_compressed, plan_of, read_manifest, stored_names, verify_checkpoint
 
 __all__ = [
@@ -53,6 +61,7 @@ __all__ = [
     "stored_names",
     "sync_directory",
     "tie_head",
+    "use_sparse_cores",
     "verify_checkpoint",
     "write_bytes",
     "write_json",

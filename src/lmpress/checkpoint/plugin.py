@@ -15,7 +15,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lmpress.checkpoint.swap import cast_floats, densify, hold_resident, put_forms, tie_head
+from lmpress.checkpoint.swap import cast_floats, densify, hold_resident, put_forms, tie_head, use_sparse_cores
 from lmpress.errors import LmpressError, RequestError
 from lmpress.families import layout_of
 from lmpress.forms import form_from_description
@@ -101,6 +101,8 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
         if layout.tied and layout.embedding in self.quantization_config.plan:
             tie_head(model)
         cast_floats(model, self._dtype)
+        if torch.cuda.is_available():
+            use_sparse_cores(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

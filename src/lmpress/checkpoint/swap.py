@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from lmpress.errors import LmpressError
 from lmpress.families import layout_of
 from lmpress.forms import CompressedEmbedding, CompressedLinear, EntropyCoded, Form, decode_all
 from lmpress.forms.base import dense_leaf_names
-from lmpress.forms.linear import FormHolder
+from lmpress.forms.linear import FormHolder, Runner
 from lmpress.kernels import SemiStructured, run, suits
 
 
@@ -76,10 +76,26 @@ def hold_resident(model: nn.Module, names: Iterable[str], coded: bool = False) -
             if coded:
                 continue
             form = form.rewrite(lambda leaf: resident.get(id(leaf), leaf))
-        if isinstance(holder, CompressedLinear) and suits(form):
-            holder.runner = SemiStructured()
-            continue
         holder.hold_resident(form.resident() if isinstance(holder, CompressedLinear) else form)
+
+
+def use_sparse_cores(
+    model: nn.Module,
+    suited: Callable[[Form], bool] = suits,
+    runner: Callable[[], Runner] = SemiStructured,
+) -> None:
+    """Let 2:4 weights run on sparse tensor cores where the device that they lie on has some, in place.
+
+    Such a module keeps its stored form, for what runs is packed beside it.
+
+    Args:
+        suited: which forms do.
+        runner: gives the runner of one module.
+    """
+    for module in model.modules():
+        if isinstance(module, CompressedLinear) and suited(form := module.stored_form):
+            module.hold(form)
+            module.runner = runner()
 
 
 def _entropy_coded(form: Form) -> list[EntropyCoded]:

@@ -66,7 +66,8 @@ def alps(
 
     Returns:
         `Sparse(pattern, Dense)` in the weight's dtype. The report has `density`, `iterations`, and
-        `output_error` = relative squared error of the output over the calibration tokens.
+        `output_error` = relative squared error of the output over the calibration tokens, against the moved
+        target where there is a `cross`.
     """
     hessian = statistics.require_hessian().to(weight.device, torch.float32)
     check_shapes(weight, hessian)

@@ -115,7 +115,8 @@ def sparsegpt(
     Returns:
         `Sparse(pattern, Dense)` in the weight's dtype; with `bits`, `Sparse(pattern, Quantized)` or, in case
         `all`, a `Quantized` with zeros. The report has the `damping` used, `density` and `output_error`, the
-        relative squared error of the output over the calibration tokens.
+        relative squared error of the output over the calibration tokens, against the moved target where there
+        is a `cross`.
 
     Raises:
         ValueError: no Hessian, shapes that do not fit, an m that does not divide the columns, a weight or a

@@ -44,8 +44,11 @@ def removal_curve(weight: Tensor, costs: Tensor, sensitivity: Tensor) -> list[fl
 
     Args:
         costs: `removal_costs` of the input, (in,).
-        sensitivity: s, (out,): mean squared gradients by the outputs.
+        sensitivity: s, (out,): mean squared gradients by the outputs. A module that no gradient was seen for
+            has the least of scores.
     """
+    if not bool(sensitivity.any()):
+        costs = torch.zeros_like(costs)
     rows = row_weights(sensitivity).to(weight.device, torch.float32)[:, None]
     scores = (weight.float() * rows).square() * costs.to(weight.device)
     ordered = scores.flatten().sort().values.clamp_min(torch.finfo(torch.float32).tiny).log2()

@@ -123,8 +123,9 @@ def sslc(
         `Sum(Sparse, LowRank)` in the weight's dtype or quantized; only one of the two where the budget
         leaves the other nothing. The report has `kappa`, `rank`, `density`, `parameters` (share kept),
         `iterations`, `output_error` (relative squared error of the output over the calibration tokens,
-        where the Hessian is known) and `curve`: the least error so far in the damped metric, from round to
-        round. With a search, also `splits`: the error by kappa after its short runs.
+        where the Hessian is known) and `curve`: the least error so far in the damped metric, outputs by their
+        weights, from round to round. With a `cross`, errors are those against the moved target. With a
+        search, also `splits`: the error by kappa after its short runs.
 
     Raises:
         ValueError: missing statistics, shapes that do not fit, an m that does not divide the columns.

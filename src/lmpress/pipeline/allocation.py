@@ -384,8 +384,7 @@ def _given_out(plan: Plan, index: int, told: Mapping[str, Any]) -> dict[str, Any
     place = _place(plan, index)
     if isinstance(step, EntropyQuantize):
         _check_rate(plan, index, step.bits, [RateCurve(**told[name]) for name in names])
-        return {"curves": {name: told[name] for name in names}}
-    if isinstance(step, Sparsify | SparseLowRank):
+    if isinstance(step, EntropyQuantize | Sparsify | SparseLowRank):
         return {"curves": {name: told[name] for name in names}}
     if isinstance(step, Svd):
         ranks = ranks_for_budget(

@@ -162,7 +162,7 @@ def _after(
         return [_sparse(step, leaf) for leaf in leaves], not step.shares_budget
     if isinstance(step, SparseLowRank):
         if step.kappa is not None:
-            return _split(step, shape, step.kappa), not step.shares_budget
+            return _split(step, shape, step.kappa), not step.shares_budget or step.group is not None
         splits = [_split(step, shape, kappa) for kappa in SPLITS]
         return max(splits, key=lambda split: sum(leaf.bytes(itemsize) for leaf in split)), False
     if isinstance(step, Correct):

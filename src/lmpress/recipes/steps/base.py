@@ -67,7 +67,7 @@ class Step(Strict):
 
     @property
     def shares_budget(self) -> bool:
-        """Whether its modules share one budget of bits, by how sensitive the model is to each."""
+        """Whether its modules share one budget, by how sensitive the model is to each."""
         return False
 
     @field_validator("targets")
@@ -111,7 +111,8 @@ class LeafContext:
         """The context of a factor whose outputs (r,) go through `matrix` (out, r) to become the module's."""
         if self.sensitivity is None:
             return self
-        return replace(self, sensitivity=matrix.float().square().T @ self.sensitivity.float())
+        outputs = self.sensitivity.to(matrix.device, torch.float32)
+        return replace(self, sensitivity=matrix.float().square().T @ outputs)
 
 
 class FormStep(Step, ABC):

@@ -110,7 +110,7 @@ class _Sparse(LeafStep):
 
     @property
     def damped(self) -> float:
-        """The damping of the Hessian, relative to its diagonal."""
+        """The damping of the Hessian."""
         raise NotImplementedError
 
     def removed(self, context: LeafContext) -> float:
