@@ -19,7 +19,7 @@ from lmpress.checkpoint.swap import cast_floats, densify, hold_resident, put_for
 from lmpress.errors import LmpressError, RequestError
 from lmpress.families import layout_of
 from lmpress.forms import form_from_description
-from lmpress.forms.base import dense_leaf_names
+from lmpress.forms.base import dense_leaf_names, float_dtype
 from lmpress.forms.linear import FormHolder
 
 METHOD = "lmpress"
@@ -133,7 +133,9 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
                 state.pop(f"{layout.head}.{parameter}", None)
         return state, {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # transformers takes it from a config, where saving leaves a name
+            dtype = float_dtype(dtype)
         densify(model, dtype or self._dtype)
         return model
 
