@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterator
@@ -148,6 +149,7 @@ class Run:
             if i not in done:
                 width = None if widths is None else widths[i]
                 self._block(i, streams, width, allocation, last=i + 1 == blocks)
+                gc.collect()  # the frames of waiting batches hold a block in circles
                 continue
             if dense is not None:
                 dense.advance(self.setting.dense_block(i))
