@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from lmpress.pipeline.blocks import (
     restored_outer,
 )
 from lmpress.pipeline.calibration import CalibrationText
+from lmpress.pipeline.heap import give_back_memory
 from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.output import (
     check_empty,
@@ -149,7 +149,7 @@ class Run:
             if i not in done:
                 width = None if widths is None else widths[i]
                 self._block(i, streams, width, allocation, last=i + 1 == blocks)
-                gc.collect()  # the frames of waiting batches hold a block in circles
+                give_back_memory()
                 continue
             if dense is not None:
                 dense.advance(self.setting.dense_block(i))
