@@ -116,7 +116,7 @@ def test_a_loaded_model_runs_on_them_and_saves_the_same_files(
         before = model(ids).logits
     model.save_pretrained(tmp_path / "dense")
     packer = Packer()
-    use_sparse_cores(model, lambda form: "2:4" in form.formula, lambda: SemiStructured("cpu", packer))
+    use_sparse_cores(model, lambda form: "2:4" in form.formula, lambda: SemiStructured("cpu", packer), "cpu")
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, before)
     fitting = [m for m in model.modules() if isinstance(m, CompressedLinear) and m.in_features == 64]

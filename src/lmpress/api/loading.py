@@ -70,8 +70,7 @@ def load_any(model: str | Path, dtype: str = "auto", device: str = "auto") -> tu
     chosen, asked = device_of(device), _dtype(dtype)
     if path.is_dir() and is_compressed(path):
         loaded = load(path, dtype=asked or "auto").to(chosen)
-        if chosen != "cpu":
-            use_sparse_cores(loaded)
+        use_sparse_cores(loaded)
         return loaded, AutoTokenizer.from_pretrained(path, trust_remote_code=False), path
     source = open_source(model)
     wanted = asked or (torch.float32 if source.dtype == torch.float64 else source.dtype)

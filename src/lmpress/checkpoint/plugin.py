@@ -101,8 +101,7 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
         if layout.tied and layout.embedding in self.quantization_config.plan:
             tie_head(model)
         cast_floats(model, self._dtype)
-        if torch.cuda.is_available():
-            use_sparse_cores(model)
+        use_sparse_cores(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -83,6 +83,7 @@ def use_sparse_cores(
     model: nn.Module,
     suited: Callable[[Form], bool] = suits,
     runner: Callable[[], Runner] = SemiStructured,
+    device: str = "cuda",
 ) -> None:
     """Let 2:4 weights run on sparse tensor cores where the device that they lie on has some, in place.
 
@@ -91,9 +92,13 @@ def use_sparse_cores(
     Args:
         suited: which forms do.
         runner: gives the runner of one module.
+        device: modules on devices of another type are left alone.
     """
     for module in model.modules():
-        if isinstance(module, CompressedLinear) and suited(form := module.stored_form):
+        if not isinstance(module, CompressedLinear) or module.weight.device.type != device:
+            continue
+        form = module.stored_form
+        if suited(form):
             module.hold(form)
             module.runner = runner()
 

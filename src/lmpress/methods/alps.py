@@ -73,8 +73,7 @@ def alps(
     check_shapes(weight, hessian)
     target, group = weight.float(), parse_pattern(options.pattern)
     if cross is not None:
-        factor = damped_inverse_factor(hessian, options.damping, per_channel=True)
-        target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry)
+        target = moved_target(target, hessian, cross, options.damping, options.asymmetry)
     rows = 1.0 if row_weights is None else row_weights.to(target)[:, None]
     metric = Metric.of(hessian, options.damping)
     admm = Admm(metric, density_of(options.pattern, options.sparsity), group)
@@ -94,6 +93,12 @@ def alps(
         "output_error": relative_loss(target, form.dense(), hessian),
     }
     return Rewritten(form, report)
+
+
+def moved_target(target: Tensor, hessian: Tensor, cross: Tensor, damping: float, amount: float) -> Tensor:
+    """`gptq.asymmetric_target` of W (out, in), every H_jj damped by a fraction of itself, as in `Metric`."""
+    factor = damped_inverse_factor(hessian, damping, per_channel=True)
+    return asymmetric_target(target, hessian, cross.to(hessian), factor, amount)
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Dense, Form, LowRank, Sum
-from lmpress.methods.alps import Admm, Metric, refit
-from lmpress.methods.gptq import asymmetric_target, check_shapes
-from lmpress.methods.hessian import damped_inverse_factor, relative_loss
+from lmpress.methods.alps import Admm, Metric, moved_target, refit
+from lmpress.methods.gptq import check_shapes
+from lmpress.methods.hessian import relative_loss
 from lmpress.methods.low_rank_correction import CorrectionOptions, quantized_factors
 from lmpress.methods.patterns import keep_largest, parse_pattern, sparse_form
 from lmpress.methods.result import Rewritten
@@ -133,7 +133,8 @@ def sslc(
     _check(weight, statistics, options)
     target, splits = weight.float(), None
     if cross is not None:
-        target = _moved(target, statistics, options, cross)
+        hessian = statistics.require_hessian().to(target)
+        target = moved_target(target, hessian, cross, options.damping, options.asymmetry)
     if options.kappa is None:
         kappa, splits = best_split(target, statistics, options, row_weights)
         options = replace(options, kappa=kappa)
@@ -153,12 +154,6 @@ def sslc(
     if statistics.hessian is not None:
         report["output_error"] = relative_loss(target, form.dense(), statistics.hessian.to(weight.device))
     return Rewritten(form, report if splits is None else report | {"splits": splits})
-
-
-def _moved(target: Tensor, statistics: InputStatistics, options: SslcOptions, cross: Tensor) -> Tensor:
-    hessian = statistics.require_hessian().to(target)
-    factor = damped_inverse_factor(hessian, options.damping, per_channel=True)
-    return asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry)
 
 
 def split_budget(
