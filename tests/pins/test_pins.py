@@ -1,4 +1,4 @@
-"""Equal inputs give equal bytes, today as before: every shipped recipe on small models, against kept hashes."""
+"""Equal inputs give equal bytes, today as before: every shipped recipe on small models, by kept hashes."""
 
 from __future__ import annotations
 

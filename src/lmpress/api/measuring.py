@@ -24,8 +24,8 @@ from lmpress.evaluation import (
     refuse_seen_text,
     spq_text,
 )
-from lmpress.pipeline import CALIBRATION
 from lmpress.progress import note
+from lmpress.stream.text import CALIBRATION
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,8 +141,9 @@ class ScaledCodes(Form):
         apart = [torch.empty(size, dtype=torch.int32, device="meta") for size in sizes]
         return cls(codes, *empty_scales(shape, description), *apart)
 
-    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
-        return rewriter(self)
+    @property
+    def storage(self) -> str:
+        return "scaled codes"
 
     @property
     def formula(self) -> str:

@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM
 from lmpress.checkpoint import plan_of, read_json, stored_names, write_tensors
 from lmpress.corpora import calibration_windows, fingerprint, load_corpus, split_specs
 from lmpress.errors import RequestError
-from lmpress.forms import Dense, Form
+from lmpress.forms import Dense, Form, in_storage
 from lmpress.forms.linear import FormHolder
-from lmpress.pipeline import CALIBRATION, ModelSource, assemble, sizes, small_ids
-from lmpress.recipes import Recover, in_storage
+from lmpress.pipeline import assemble, sizes
+from lmpress.recipes import Recover
 from lmpress.recovery.lora import train_lora
 from lmpress.recovery.merge import as_term, merged
+from lmpress.source import ModelSource
+from lmpress.stream.text import CALIBRATION, small_ids
 
 
 def recover_checkpoint(

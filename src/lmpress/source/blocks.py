@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from lmpress.checkpoint import put_forms, stored_names
 from lmpress.families import skeleton
-from lmpress.forms import CompressedLinear, Dense, Form, LowRank, Pivoted, form_from_description
-from lmpress.pipeline.source import ModelSource
-from lmpress.recipes import in_storage
+from lmpress.forms import CompressedLinear, Dense, Form, form_from_description, in_storage
+from lmpress.source.model import ModelSource
 
 Descriptions = dict[str, dict[str, Any]]
 """Descriptions of forms by the full name of their module."""
@@ -36,7 +35,7 @@ def block_tensors(source: ModelSource, index: int, block: nn.Module, dtype: torc
     Linears that no step touched are stored in `dtype`; norms and biases in the type of the source.
     """
     name = source.layout.block_name(index)
-    linears = {f"{linear}.weight" for linear in source.layout.linears}
+    linears = {f"{linear}.weight" for linear in source.layout.block(index).linears}
     stored: dict[str, Tensor] = {}
     held: set[str] = set()
     for path, module in block.named_modules():
@@ -50,6 +49,46 @@ def block_tensors(source: ModelSource, index: int, block: nn.Module, dtype: torc
         else:
             stored[f"{name}.{key}"] = tensor.to(source.dtype)
     return stored
+
+
+def current_form(module: nn.Module) -> Form:
+    """The form that a linear holds: its own, or its dense weight."""
+    if isinstance(module, CompressedLinear):
+        return module.form
+    return Dense(cast(Tensor, module.weight).data)
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a linear, (out,); None where it has none."""
+    bias = cast("Tensor | None", module.bias)
+    return None if bias is None else bias.data
+
+
+def set_form(block: nn.Module, linear: str, form: Form, bias: Tensor | None = None) -> None:
+    """Let `linear` run `form`; its bias stays unless another one is given."""
+    old = block.get_submodule(linear)
+    bias = bias_of(old) if bias is None else bias
+    if isinstance(old, CompressedLinear) and bias is None:
+        old.hold(form)
+        old.runner = None
+    else:
+        block.set_submodule(linear, CompressedLinear(form, bias))
+
+
+def run_as_restored(block: nn.Module, linear: str, form: Form) -> None:
+    """Let the text run through what a reader of the shard would run, to the bit."""
+    module, restored = block.get_submodule(linear), running(form)
+    assert isinstance(module, CompressedLinear)
+    module.runner = lambda _, x: restored.forward(x)
+
+
+def store(form: Form, dtype: torch.dtype) -> Form:
+    """The form with its dense leaves as they are stored."""
+
+    def rewriter(leaf: Form) -> Form:
+        return Dense(in_storage(leaf.dense(), dtype)) if leaf.kind == Dense.kind else leaf
+
+    return form.rewrite(rewriter)
 
 
 def restored_block(
@@ -121,10 +160,8 @@ def _filled(description: Mapping[str, Any], module: str, tensors: dict[str, Tens
 
 def running(form: Form) -> Form:
     """A stored form as the text runs through it: dense in float32, but for the factors of a product."""
-    if isinstance(form, LowRank):
-        return LowRank(running(form.left), running(form.right))
-    if isinstance(form, Pivoted):
-        return Pivoted(running(form.basis), running(form.coefficients), form.index)
+    if form.is_product:
+        return form.with_parts({part.name: running(part.form) for part in form.parts()})
     return Dense(form.dense())
 
 

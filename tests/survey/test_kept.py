@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from lmpress.pipeline import CALIBRATION, Run, RunOptions, beforehand, open_source
 from lmpress.pipeline.calibration import borrowed_text
 from lmpress.pipeline.surveys import keep_survey, kept_survey
+
+from lmpress.pipeline import CALIBRATION, Run, RunOptions, beforehand, open_source
 from lmpress.recipes import parse_recipe
 
 

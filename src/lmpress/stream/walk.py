@@ -9,17 +9,18 @@ what the paused batches hold would not fit into memory, every site is reached fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from lmpress.families import Site
-from lmpress.pipeline.stream import BlockStream, Stop
-from lmpress.statistics import InputStatistics, StatisticsAccumulator, counts_of_rows
+from lmpress.families import Rows, Site
+from lmpress.statistics import Channels, InputStatistics, StatisticsAccumulator, counts_of_rows
+from lmpress.stream.stream import Stop, StreamBlock
 
 SAMPLE_TOKENS = 512
 """Input rows kept of every site, to measure how far a rewritten linear strays."""
@@ -39,27 +40,29 @@ class Gathered:
         statistics: moments of the site's input.
         sample: the first input rows, (<= SAMPLE_TOKENS, n).
         cross: E[(x_fp - x) x^T] (n, n), x_fp being what the dense model has there; None where nobody asked.
+        activation: mean magnitude of the outputs of a linear on the way, (rows,); None where nobody asked.
     """
 
     statistics: InputStatistics
     sample: Tensor
     cross: Tensor | None = None
+    activation: Tensor | None = None
 
 
 class Walk:
-    """All batches of `stream` on their way through `block`.
+    """All batches of a stream on their way through `block`.
 
     Args:
-        stream: the text in front of the block.
+        at: the text in front of the block.
         block: its linears may be replaced between two sites.
-        memory: bytes that paused batches may hold.
+        memory: bytes that paused batches may hold; 0 to reach every site from the entrance.
     """
 
-    def __init__(self, stream: BlockStream, block: nn.Module, memory: int = IN_FLIGHT) -> None:
-        self.stream, self._block = stream, block
-        self._rows = list(stream.batches())
+    def __init__(self, at: StreamBlock, block: nn.Module, memory: int = IN_FLIGHT) -> None:
+        self.at, self.stream, self._block = at, at.stream, block
+        self._rows = list(self.stream.batches())
         self._runs: list[greenlet] | None = None
-        if _held(stream, block) <= memory:
+        if _held(at, block) <= memory:
             self._runs = [greenlet(self._through) for _ in self._rows]
 
     def gather(
@@ -68,7 +71,8 @@ class Walk:
         hessian: bool,
         whole: bool = True,
         original: Walk | None = None,
-        kept: Tensor | None = None,
+        channels: Channels | None = None,
+        signal: Rows | None = None,
     ) -> Gathered:
         """Go to `site`, and look at its input.
 
@@ -77,39 +81,52 @@ class Walk:
             whole: look at all batches; else the first one will do.
             original: the dense model on its way through the same block, for the cross matrix
                 C = E[(x_fp - x) x^T], x being the input of the site and x_fp that of the dense model.
-            kept: the channels of x_fp that x still has, (in,); None for all.
+            channels: what became of the channels of x_fp.
+            signal: outputs on the way whose mean magnitude is wanted.
         """
         features = int(self._module(site.linears[0]).in_features)
         accumulator = StatisticsAccumulator(features, hessian, self.stream.device)
         sample: list[Tensor] = []
-        cross: Tensor | None = None
-        weights = self.stream.weights_of(site)
+        weights = self.at.weights_of(site)
+        cross = _Cross(channels or Channels(), weights)
         references = repeat(None) if original is None else original._reach(site)
-        for x, dense in zip(self._reach(site), references, strict=False):
-            accumulator.update(x, weights=weights)
-            if sum(map(len, sample)) < SAMPLE_TOKENS:
-                sample.append(x.reshape(-1, x.shape[-1])[:SAMPLE_TOKENS].float().clone())
-            if dense is not None:
-                own, other = (t.reshape(-1, t.shape[-1]).float() for t in (x, dense))
-                strayed = (other if kept is None else other[:, kept]) - own
-                if weights is not None:
-                    strayed *= counts_of_rows(weights, own)[:, None]
-                product = strayed.T @ own
-                cross = product if cross is None else cross + product
-            if not whole:
-                break
+        with self._listening(signal) as magnitudes:
+            for x, dense in zip(self._reach(site), references, strict=False):
+                accumulator.update(x, weights=weights)
+                if sum(map(len, sample)) < SAMPLE_TOKENS:
+                    sample.append(x.reshape(-1, x.shape[-1])[:SAMPLE_TOKENS].float().clone())
+                if dense is not None:
+                    cross.update(x, dense)
+                if not whole:
+                    break
         statistics = accumulator.result()
         return Gathered(
             statistics,
             torch.cat(sample)[:SAMPLE_TOKENS],
-            None if cross is None else cross / max(1, statistics.count),
+            None if cross.total is None else cross.total / max(1, statistics.count),
+            None if magnitudes is None else magnitudes.result().abs_mean,
         )
+
+    @contextmanager
+    def _listening(self, signal: Rows | None) -> Iterator[StatisticsAccumulator | None]:
+        """Gather the magnitudes of some outputs for as long as the context is open."""
+        if signal is None:
+            yield None
+            return
+        module = self._module(signal.linear)
+        rows = signal.within(int(module.out_features))
+        magnitudes = StatisticsAccumulator(rows.stop - rows.start, False, self.stream.device)
+        handle = module.register_forward_hook(lambda _, args, output: magnitudes.update(output[..., rows]))
+        try:
+            yield magnitudes
+        finally:
+            handle.remove()
 
     def finish(self) -> None:
         """Go to the exit: the outputs of the block become the states of the stream."""
         for i, rows in enumerate(self._rows):
             if self._runs is None:
-                output = self.stream.run(self._block, rows)
+                output = self.at.run(self._block, rows)
             else:
                 with self.stream.forwards():
                     output = self._runs[i].switch(rows)
@@ -140,7 +157,7 @@ class Walk:
 
         handle = self._module(linear).register_forward_pre_hook(hook)
         try:
-            self.stream.run(self._block, rows)
+            self.at.run(self._block, rows)
         finally:
             handle.remove()
         return caught[0]
@@ -160,8 +177,7 @@ class Walk:
         return arrived
 
     def _through(self, rows: slice) -> Tensor:
-        stream = self.stream
-        return stream.call(self._block, rows, stream.states[rows].to(stream.device))
+        return self.at.call(self._block, rows, self.stream.states[rows].to(self.stream.device))
 
     def _waiting(self, linear: str) -> Callable[[Tensor], Tensor]:
         """A forward that shows its input, waits, and then does what the linear of that name does by then."""
@@ -179,9 +195,26 @@ class Walk:
         return self._block.get_submodule(linear)
 
 
-def _held(stream: BlockStream, block: nn.Module) -> int:
+class _Cross:
+    """The sum of w (x_fp - x) x^T over the tokens, w being how much each counts."""
+
+    def __init__(self, channels: Channels, weights: Tensor | None) -> None:
+        self.total: Tensor | None = None
+        self._channels, self._weights = channels, weights
+
+    def update(self, x: Tensor, dense: Tensor) -> None:
+        """Add a batch of inputs x (..., n) and of the dense model's at the same tokens."""
+        own, other = (t.reshape(-1, t.shape[-1]).float() for t in (x, dense))
+        strayed = self._channels.apply(other) - own
+        if self._weights is not None:
+            strayed *= counts_of_rows(self._weights, own)[:, None]
+        product = strayed.T @ own
+        self.total = product if self.total is None else self.total + product
+
+
+def _held(at: StreamBlock, block: nn.Module) -> int:
     """About how many bytes all batches hold while they wait in front of the widest site."""
-    linears: list[Any] = [block.get_submodule(linear) for linear in stream.layout.linears]
+    stream, linears = at.stream, [cast(Any, block.get_submodule(linear)) for linear in at.layout.linears]
     widest = max(int(linear.in_features) for linear in linears)
     samples, tokens, width = stream.states.shape
     held = RESIDUALS * width + widest

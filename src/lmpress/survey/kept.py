@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmpress.checkpoint import read_json, sha256_file, write_json, write_tensors
 from lmpress.errors import RequestError
-from lmpress.pipeline.plan import Plan
+from lmpress.plan import Plan
 from lmpress.version import __version__
 
 Survey = tuple[dict[str, Any], dict[str, Tensor]]

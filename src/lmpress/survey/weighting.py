@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmpress.families import Layout
-from lmpress.pipeline.sensitivity import entrance_gradient, entrances, squared_gradients
-from lmpress.pipeline.stream import BlockStream
+from lmpress.families import BlockLayout
 from lmpress.progress import track
+from lmpress.stream import BlockStream
+from lmpress.survey.sensitivity import entrance_gradient, entrances, squared_gradients
 
 WINDOWS, TOKENS = 8, 4096
 """Positions are weighed by so many windows at least, and so many tokens."""
@@ -48,14 +48,13 @@ def position_weights(
     with entrances(stream, load, directory, "Weighing positions, forwards") as entered:
         gradients = entrance_gradient(outer, layout, stream.windows, stream.states, seed, stream.device)
         for i in track(range(layout.num_blocks - 1, -1, -1), "Weighing positions, backwards"):
-            stream.at_block(i)
             squares: dict[str, Tensor] = {}
-            squared_gradients(stream, load(i), layout.linears, entered[i], gradients, positions=squares)
-            weights |= site_weights(layout, layout.block_name(i), squares)
+            squared_gradients(stream.block(i), load(i), entered[i], gradients, positions=squares)
+            weights |= site_weights(layout.block(i), layout.block_name(i), squares)
     return weights
 
 
-def site_weights(layout: Layout, block: str, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def site_weights(layout: BlockLayout, block: str, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights at the sites of a block, by the squared gradients of its linears by position."""
     return {
         f"{block}.{site.name}": torch.stack([pooled(squares[linear]) for linear in site.linears]).mean(0)

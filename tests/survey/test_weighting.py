@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from lmpress.pipeline.blocks import dense_block, dense_outer
+from lmpress.pipeline.stream import BlockStream
+from lmpress.pipeline.weighting import pooled, position_weights, weighting_samples
 
 import lmpress
 from lmpress.api.loading import load_any
 from lmpress.pipeline import open_source
-from lmpress.pipeline.blocks import dense_block, dense_outer
-from lmpress.pipeline.stream import BlockStream
-from lmpress.pipeline.weighting import pooled, position_weights, weighting_samples
 from lmpress.statistics import StatisticsAccumulator
 from tests.pipeline.test_original import PRUNE, breaks_and_goes_on, gptq, recipe, shards
 

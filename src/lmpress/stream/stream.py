@@ -11,10 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lmpress.families import Layout, Site
-from lmpress.pipeline.activations import Activations
-from lmpress.pipeline.source import ModelSource
-from lmpress.statistics import InputStatistics, StatisticsAccumulator
+from lmpress.families import BlockLayout, Layout, Site
+from lmpress.source import ModelSource
+from lmpress.stream.activations import Activations
 
 
 class Stop(Exception):  # noqa: N818
@@ -22,8 +21,8 @@ class Stop(Exception):  # noqa: N818
 
 
 @dataclass
-class _Call:
-    """How the model calls its blocks for one batch shape."""
+class Call:
+    """How the model calls a block: no window is padded, so that depends on the size of the batch alone."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -63,54 +62,12 @@ class BlockStream:
         self.device = torch.device(device)
         self.precision = precision
         self.weights = weights or {}
-        self._calls: dict[tuple[int, int], _Call] = {}
+        self.calls: dict[tuple[int, int], Call] = {}  # by block and windows
         self._enter(outer, budget, directory or Path())
 
-    def gather(
-        self, block: nn.Module, site: Site, hessian: bool, signal: str | None = None, advance: bool = False
-    ) -> tuple[InputStatistics, Tensor | None]:
-        """Run the text through `block` as it is now, and look at the inputs of one site.
-
-        Args:
-            hessian: whether the Hessian is wanted.
-            signal: a linear whose mean absolute output is wanted as well.
-            advance: let the outputs of the block become the inputs of the next one, in the same pass.
-
-        Returns:
-            what was gathered, and the mean absolute output of `signal`, (features,).
-        """
-        first, weights = site.linears[0], self.weights_of(site)
-        inputs = StatisticsAccumulator(_inputs(block, first), hessian, self.device)
-        outputs = StatisticsAccumulator(_outputs(block, signal), False, self.device) if signal else None
-
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs.update(args[0], weights=weights)
-            if not advance:
-                raise Stop
-
-        handles = [block.get_submodule(first).register_forward_pre_hook(hook)]
-        if signal and outputs is not None:
-            handles.append(
-                block.get_submodule(signal).register_forward_hook(
-                    lambda module, args, output: outputs.update(output)
-                )
-            )
-        try:
-            for rows in self.batches():
-                output = self.run(block, rows)
-                if advance and output is not None:
-                    self.states[rows] = output
-        finally:
-            for handle in handles:
-                handle.remove()
-        return inputs.result(), None if outputs is None else outputs.result().abs_mean
-
-    def advance(self, block: nn.Module) -> None:
-        """Run the text through the finished `block`: its outputs become the inputs of the next one."""
-        for rows in self.batches():
-            output = self.run(block, rows)
-            assert output is not None
-            self.states[rows] = output
+    def block(self, index: int) -> StreamBlock:
+        """The stream in front of block `index`: blocks of one model may be called differently."""
+        return StreamBlock(self, index)
 
     def energy(self) -> float:
         """Mean squared norm of a token's hidden state."""
@@ -121,19 +78,10 @@ class BlockStream:
             count += states.shape[:-1].numel()
         return total / max(1, count)
 
-    def at_block(self, index: int) -> None:
-        """Tell which block runs next: blocks of one model may be called differently (masks, positions)."""
-        self._index = index
-
-    def weights_of(self, site: Site) -> Tensor | None:
-        """How much each position counts at a site of the block that runs next, (seq_len,)."""
-        return self.weights.get(f"{self.layout.block_name(self._index)}.{site.name}")
-
     def _enter(self, outer: Any, budget: int | None, directory: Path) -> None:
         """Run what stands before the blocks, and learn how the model calls them."""
         shape = (*self.windows.shape, outer.config.hidden_size)
         self.states = Activations(shape, budget, directory)
-        self._index = 0
         with replaced_blocks(outer, self.layout, self._caught):
             for rows in self.batches():
                 self._rows = rows
@@ -146,28 +94,10 @@ class BlockStream:
     def _caught(self, index: int, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if index == 0:
             self.states[self._rows] = states
-        self._calls.setdefault(self._key(index, self._rows), _Call(args, kwargs))
+        self.calls.setdefault((index, self._rows.stop - self._rows.start), Call(args, kwargs))
         if index == self.layout.num_blocks - 1:
             raise Stop
         return states
-
-    def _key(self, index: int, rows: slice) -> tuple[int, int]:
-        """No window is padded, so how a block is called depends on the size of the batch alone."""
-        return index, rows.stop - rows.start
-
-    def call(self, block: nn.Module, rows: slice, states: Tensor) -> Tensor:
-        """What `block` makes of the hidden `states` of some windows, called as the model would call it."""
-        call = self._calls[self._key(self._index, rows)]
-        output = block(states, *call.args, **call.kwargs)
-        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-    def run(self, block: nn.Module, rows: slice) -> Tensor | None:
-        """What some windows are behind `block`; None where a hook stopped them on the way."""
-        try:
-            with self.forwards():
-                return self.call(block, rows, self.states[rows].to(self.device))
-        except Stop:
-            return None
 
     @contextmanager
     def forwards(self, gradients: bool = False) -> Iterator[None]:
@@ -184,6 +114,49 @@ class BlockStream:
         samples = self.windows.shape[0]
         for start in range(0, samples, self.batch):
             yield slice(start, min(start + self.batch, samples))
+
+
+@dataclass(frozen=True)
+class StreamBlock:
+    """A stream in front of one block of its model.
+
+    Attributes:
+        stream: the text.
+        index: of the block.
+    """
+
+    stream: BlockStream
+    index: int
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Of the block."""
+        return self.stream.layout.block(self.index)
+
+    def weights_of(self, site: Site) -> Tensor | None:
+        """How much each position counts at a site, (seq_len,); None where all count alike."""
+        return self.stream.weights.get(f"{self.stream.layout.block_name(self.index)}.{site.name}")
+
+    def call(self, block: nn.Module, rows: slice, states: Tensor) -> Tensor:
+        """What `block` makes of the hidden `states` of some windows, called as the model would call it."""
+        call = self.stream.calls[self.index, rows.stop - rows.start]
+        output = block(states, *call.args, **call.kwargs)
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+    def run(self, block: nn.Module, rows: slice) -> Tensor | None:
+        """What some windows are behind `block`; None where a hook stopped them on the way."""
+        try:
+            with self.stream.forwards():
+                return self.call(block, rows, self.stream.states[rows].to(self.stream.device))
+        except Stop:
+            return None
+
+    def advance(self, block: nn.Module) -> None:
+        """Run the text through the finished `block`: its outputs become the inputs of the next one."""
+        for rows in self.stream.batches():
+            output = self.run(block, rows)
+            assert output is not None
+            self.stream.states[rows] = output
 
 
 Stand = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -220,11 +193,3 @@ class _Substitute(nn.Module):
 
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._stand(self._index, states, args, kwargs)
-
-
-def _inputs(block: nn.Module, linear: str) -> int:
-    return int(block.get_submodule(linear).in_features)  # type: ignore[arg-type]
-
-
-def _outputs(block: nn.Module, linear: str) -> int:
-    return int(block.get_submodule(linear).out_features)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from lmpress.corpora import (
 )
 from lmpress.errors import RequestError
 from lmpress.families import skeleton
-from lmpress.pipeline.source import ModelSource
+from lmpress.source import ModelSource
 
 CALIBRATION = "calibration.safetensors"
 """The token ids that calibration and recovery saw, kept so that evaluation can refuse them."""

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lmpress.families import Layout
-from lmpress.pipeline.activations import Activations, Spooled
-from lmpress.pipeline.stream import BlockStream, replaced_blocks
 from lmpress.progress import track
 from lmpress.statistics import InputStatistics, StatisticsAccumulator
+from lmpress.stream import Activations, BlockStream, Spooled, StreamBlock, replaced_blocks
 
 
 def entrance_gradient(
@@ -106,9 +105,8 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def squared_gradients(
-    stream: BlockStream,
+    at: StreamBlock,
     block: nn.Module,
-    linears: Sequence[str],
     entrance: Activations | Spooled,
     gradients: Tensor,
     inputs: Mapping[str, StatisticsAccumulator] | None = None,
@@ -117,7 +115,7 @@ def squared_gradients(
     """Mean squared gradients by the outputs of linears of one block; the gradients go on to its entrance.
 
     Args:
-        stream: tells how the block is called.
+        at: tells how the block is called.
         entrance: the hidden states in front of the block, (samples, seq_len, width).
         gradients: by the hidden states behind the block, of this shape; afterwards by those in front.
         inputs: by linear, what gathers its inputs in the same pass.
@@ -127,20 +125,21 @@ def squared_gradients(
         by linear, float32 (out,).
     """
     sums: dict[str, Tensor] = {}
+    stream = at.stream
     seq_len = stream.windows.shape[1]
     handles = [
         block.get_submodule(name).register_forward_hook(_watch(name, sums, positions, seq_len))
-        for name in linears
+        for name in at.layout.linears
     ]
     for name, accumulator in (inputs or {}).items():
-        weights = stream.weights_of(stream.layout.site_of(name))
+        weights = at.weights_of(at.layout.site_of(name))
         handles.append(block.get_submodule(name).register_forward_pre_hook(_gather(accumulator, weights)))
     tokens = 0
     try:
         for rows in stream.batches():
             states = entrance[rows].to(stream.device).requires_grad_(True)
             with stream.forwards(gradients=True):
-                output = stream.call(block, rows, states)
+                output = at.call(block, rows, states)
                 (gradient,) = torch.autograd.grad(output, states, gradients[rows].to(output))
             gradients[rows] = gradient.to(gradients)
             tokens += states.shape[0] * states.shape[1]
@@ -185,8 +184,7 @@ def entrances(
     try:
         for i in track(range(stream.layout.num_blocks), label):
             kept.append(Spooled(stream.states, stream.batch, directory))
-            stream.at_block(i)
-            stream.advance(load(i))
+            stream.block(i).advance(load(i))
         yield kept
     finally:
         for states in kept:
@@ -216,16 +214,15 @@ def sensitivities(
     layout = stream.layout
     gradients = entrance_gradient(outer, layout, stream.windows, stream.states, seed, stream.device)
     for i in track(range(layout.num_blocks - 1, -1, -1), "Sensitivity of the blocks"):
-        block = load(i)
-        stream.at_block(i)
-        firsts = {site.linears[0]: site for site in layout.sites}
+        block, at = load(i), stream.block(i)
+        firsts = {site.linears[0]: site for site in at.layout.sites}
         inputs = {
             name: StatisticsAccumulator(
                 int(cast(Any, block.get_submodule(name)).in_features), True, stream.device
             )
             for name in firsts
         }
-        squares = squared_gradients(stream, block, layout.linears, entered[i], gradients, inputs)
+        squares = squared_gradients(at, block, entered[i], gradients, inputs)
         results = {name: accumulator.result() for name, accumulator in inputs.items()}
         seen(i, block, squares, {linear: results[n] for n, s in firsts.items() for linear in s.linears})
     return gradients
