@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from lmpress.pipeline.blocks import dense_block, dense_outer
-from lmpress.pipeline.rewriting import set_form
-from lmpress.pipeline.stream import BlockStream
-from lmpress.pipeline.walk import IN_FLIGHT, Walk
 from torch import Tensor, nn
 
 import lmpress
 from lmpress.forms import Dense
 from lmpress.pipeline import open_source
+from lmpress.source import dense_block, dense_outer, set_form
+from lmpress.stream import IN_FLIGHT, BlockStream, Walk
 from tests.pipeline.test_original import FACTOR, PRUNE, gptq, recipe, shards
 from tests.tiny import TINY
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from lmpress.pipeline.allocation import Allocation, survey_key
-from lmpress.pipeline.plan import make_plan
 from safetensors.torch import load_file
 
 import lmpress
@@ -21,6 +20,7 @@ from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import EntropyCoded, Form, Quantized, Sparse
 from lmpress.methods.entropy_quantization import RateCurve
 from lmpress.pipeline import allocation, open_source
+from lmpress.plan import make_plan
 from lmpress.recipes import parse_recipe
 
 SMALL = {"samples": 4, "seq_len": 32}

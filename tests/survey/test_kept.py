@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from lmpress.pipeline.calibration import borrowed_text
-from lmpress.pipeline.surveys import keep_survey, kept_survey
 
 from lmpress.pipeline import CALIBRATION, Run, RunOptions, beforehand, open_source
 from lmpress.recipes import parse_recipe
+from lmpress.stream.text import borrowed_text
+from lmpress.survey.kept import keep_survey, kept_survey
 
 
 def coded(bits: float) -> dict[str, Any]:

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lmpress.pipeline.activations import Activations
-from lmpress.pipeline.blocks import dense_block
-from lmpress.pipeline.sensitivity import _drawn, sensitivities
-from lmpress.pipeline.stream import BlockStream
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lmpress.pipeline import open_source, sensitivity
+from lmpress.source import dense_block
 from lmpress.statistics import InputStatistics
+from lmpress.stream import Activations, BlockStream
+from lmpress.survey.sensitivity import _drawn, sensitivities
 
 WINDOWS = torch.randint(0, 250, (5, 24), generator=torch.Generator().manual_seed(3))
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lmpress.pipeline.blocks import dense_block, dense_outer
-from lmpress.pipeline.stream import BlockStream
-from lmpress.pipeline.weighting import pooled, position_weights, weighting_samples
 
 import lmpress
 from lmpress.api.loading import load_any
 from lmpress.pipeline import open_source
+from lmpress.source import dense_block, dense_outer
 from lmpress.statistics import StatisticsAccumulator
+from lmpress.stream import BlockStream
+from lmpress.survey.weighting import pooled, position_weights, weighting_samples
 from tests.pipeline.test_original import PRUNE, breaks_and_goes_on, gptq, recipe, shards
 
 CPU = torch.device("cpu")
