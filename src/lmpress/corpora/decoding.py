@@ -21,12 +21,12 @@ _TENSORS = "it holds tensors: name a file of text"
 
 _BY_SUFFIX = {
     **dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar", ".tar"), _UNPACK),
-    **dict.fromkeys((".parquet", ".arrow", ".feather", ".orc", ".avro", ".db", ".sqlite"), _TABLE),
+    **dict.fromkeys((".parquet", ".arrow", ".feather", ".orc", ".avro", ".sqlite"), _TABLE),
     **dict.fromkeys((".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".pptx", ".ppt"), _DOCUMENT),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "it is a spreadsheet: save it as CSV first"),
     **dict.fromkeys((".html", ".htm", ".xhtml", ".xml", ".ipynb"), _MARKUP),
     **dict.fromkeys((".yaml", ".yml"), "YAML is not read: write its rows as JSON lines first"),
-    **dict.fromkeys((".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npy", ".npz", ".pkl"), _TENSORS),
+    **dict.fromkeys((".safetensors", ".gguf", ".pt", ".pth", ".npy", ".npz", ".pkl"), _TENSORS),
 }
 """What is no text by its name, and the way out."""
 

@@ -7,7 +7,9 @@ from lmpress.pipeline.calibration import (
     calibration_text,
     check_calibration,
     load_dense,
+    read_corpora,
     small_ids,
+    vocabulary_of,
 )
 from lmpress.pipeline.journal import WORK, Journal
 from lmpress.pipeline.output import finish_publication
@@ -41,7 +43,9 @@ __all__ = [
     "load_dense",
     "make_plan",
     "open_source",
+    "read_corpora",
     "sizes",
     "small_ids",
+    "vocabulary_of",
     "written_files",
 ]
