@@ -37,7 +37,7 @@ class Gathered:
 
     Attributes:
         statistics: moments of the site's input.
-        sample: the first input rows, (<= SAMPLE_TOKENS, n).
+        sample: input rows from all of the text that was looked at, (<= SAMPLE_TOKENS, n).
         cross: E[(x_fp - x) x^T] (n, n), x_fp being what the dense model has there; None where nobody asked.
     """
 
@@ -82,13 +82,13 @@ class Walk:
         features = int(self._module(site.linears[0]).in_features)
         accumulator = StatisticsAccumulator(features, hessian, self.stream.device)
         sample: list[Tensor] = []
+        share = max(1, SAMPLE_TOKENS // (len(self._rows) if whole else 1))
         cross: Tensor | None = None
         weights = self.stream.weights_of(site)
         references = repeat(None) if original is None else original._reach(site)
         for x, dense in zip(self._reach(site), references, strict=False):
             accumulator.update(x, weights=weights)
-            if sum(map(len, sample)) < SAMPLE_TOKENS:
-                sample.append(x.reshape(-1, x.shape[-1])[:SAMPLE_TOKENS].float().clone())
+            sample.append(_spread(x, share))
             if dense is not None:
                 own, other = (t.reshape(-1, t.shape[-1]).float() for t in (x, dense))
                 strayed = (other if kept is None else other[:, kept]) - own
@@ -177,6 +177,13 @@ class Walk:
 
     def _module(self, linear: str) -> Any:
         return self._block.get_submodule(linear)
+
+
+def _spread(x: Tensor, rows: int) -> Tensor:
+    """So many rows of a batch (..., n), evenly apart; all if there are fewer. float32 (<= rows, n)."""
+    flat = x.reshape(-1, x.shape[-1])
+    picked = torch.linspace(0, len(flat) - 1, min(rows, len(flat)), device=x.device).round().long()
+    return flat[picked].float()
 
 
 def _held(stream: BlockStream, block: nn.Module) -> int:
