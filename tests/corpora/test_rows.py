@@ -59,11 +59,13 @@ PARTS = [{"type": "text", "text": "Look:"}, {"type": "image_url", "image_url": {
         ({"prompt": "Why?", "completion": "So."}, "Why?\n\nSo.", "prompt + completion"),
         ({"prompt": "Why?", "response": "So."}, "Why?\n\nSo.", "prompt + response"),
         ({"question": "Why?", "answer": "So.", "id": "3"}, "Why?\n\nSo.", "question + answer"),
+        ({"user": "Why?", "assistant": "So."}, "Why?\n\nSo.", "user + assistant"),
         ({"prompt": [TURNS[0]], "completion": [TURNS[1]]}, "Why?\n\nBecause.", "prompt + completion"),
         ({"title": "two", "body": "no"}, "no", "body"),
         ({"text": 7, "body": "three"}, "three", "body"),
         ({"id": "a b c", "review": PROSE, "stars": "five"}, PROSE, "review"),
         ({"id": "1", "prompt": PROSE}, PROSE, "prompt"),
+        ({"row_idx": 0, "row": {"text": PROSE}}, PROSE, "row"),
         ({"url": "https://a.b/c-d-e-f-g", "文": "雨落在山上，河流将其带入大海。水又变成云。"}, None, "文"),
     ],
 )

@@ -30,13 +30,16 @@ SPEAKERS = ("system", "user", "human", "assistant", "bot", "gpt", "model")
 """A turn holds its content under one of CONTENTS, or under who spoke."""
 
 SETTINGS = ("system", "system_prompt")
-ASKED = ("instruction", "instructions", "prompt", "question", "query", "problem", "inputs")
+ASKED = ("instruction", "instructions", "prompt", "question", "query", "problem", "inputs", "user", "human")
 GIVEN = ("context", "input")
 ANSWERED = (
     *("output", "outputs", "completion", "response", "answer", "target", "targets", "solution"),
-    "chosen",
+    *("chosen", "assistant", "bot", "gpt"),
 )
-PROSE = ("content", "document", "article", "body", "passage", "page_content", "raw_content")
+PROSE = (
+    *("content", "document", "article", "body", "passage", "page_content", "raw_content"),
+    *("paragraph", "story", "sentence"),
+)
 
 WORDS = 6
 """A field holds prose if its values have so many words on average."""
@@ -86,28 +89,24 @@ def take_text(path: Path, rows: Iterable[tuple[str, Any]]) -> Taken:
         RequestError: a row that is none of these, half a surrogate pair, or no text in more than half of
             the rows that are not empty.
     """
-    places, cleaned = [], []
-    for place, row in rows:
-        places.append(f"{path}, {place}")
-        cleaned.append(_row(places[-1], row))
-    found = [_text(place, row) for place, row in zip(places, cleaned, strict=True)]
-    foreign = [row for row, text in zip(cleaned, found, strict=True) if text is None]
-    matched = len(found) - len(foreign) - found.count(EMPTY)
-    if foreign and not matched:
+    cleaned = dict(_row(f"{path}, {place}", row) for place, row in rows)
+    found = {place: _text(place, row) for place, row in cleaned.items()}
+    foreign = [cleaned[place] for place, text in found.items() if text is None]
+    texts = {place: text for place, text in found.items() if text is not None and text != EMPTY}
+    if foreign and not texts:
         field = _prose_field(path, foreign)
-        found = [
-            _joined(row, (field,)) if text is None else text for row, text in zip(cleaned, found, strict=True)
-        ]
-    elif len(foreign) > matched:
+        texts = {
+            place: Found(field, text) for place, row in cleaned.items() if (text := _content(row.get(field)))
+        }
+    elif len(foreign) > len(texts):
         raise _no_field(path, f"in {len(foreign)} of {len(cleaned)} rows", foreign)
-    texts = [text for text in found if text is not None and text != EMPTY]
     if not texts:
         reason = "every document is empty" if cleaned else "it has no rows"
         raise RequestError(f"the file {path} holds no text: {reason}")
-    for place, text in zip(places, found, strict=True):
-        _check_unicode(place, text or EMPTY)
-    documents = tuple(text for _, text in texts)
-    fields = Counter(field for field, _ in texts)
+    for place, (_, text) in texts.items():
+        _check_unicode(place, text)
+    documents = tuple(text for _, text in texts.values())
+    fields = Counter(field for field, _ in texts.values())
     return Taken(documents, {"rows": len(cleaned), "fields": dict(fields), "different": len(set(documents))})
 
 
@@ -130,12 +129,12 @@ def _lower(row: Mapping[str, Any]) -> Row:
     return {str(name).strip().lower(): value for name, value in row.items()}
 
 
-def _row(place: str, value: Any) -> Row:
-    """A row as an object; a string, a conversation and null stand for one."""
+def _row(place: str, value: Any) -> tuple[str, Row]:
+    """Its place and a row as an object; a string, a conversation and null stand for one."""
     if isinstance(value, dict):
-        return _lower(value)
+        return place, _lower(value)
     if value is None or isinstance(value, str) or is_conversation(value):
-        return {"messages" if isinstance(value, list) else "text": value}
+        return place, {"messages" if isinstance(value, list) else "text": value}
     raise RequestError(f"{place}: a JSON object with a text is wanted, not {type(value).__name__}")
 
 
@@ -231,8 +230,8 @@ def _no_field(path: Path, where: str, rows: Sequence[Row]) -> RequestError:
     return RequestError(f'{path}: no field holds a text {where}; name it "text" (fields: {names})')
 
 
-def _check_unicode(place: str, found: Found) -> None:
+def _check_unicode(place: str, text: str) -> None:
     try:
-        found.text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"{place}: half a surrogate pair, which is no text") from error
