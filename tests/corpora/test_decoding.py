@@ -27,6 +27,7 @@ def _write(path, content):
         TEXT.encode("utf-32"),
         TEXT.replace("\n", "\r\n").encode(),
         TEXT.replace("\n", "\r").encode(),
+        TEXT.replace("\n", "\r\n", 1).replace("\n\n", "\n\r").encode(),
         TEXT[:11].encode("utf-8-sig") + TEXT[11:].encode("utf-8-sig"),
     ],
 )

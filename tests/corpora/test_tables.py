@@ -4,6 +4,8 @@ import csv
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lmpress.corpora import load_corpus
 from lmpress.errors import RequestError
@@ -122,3 +124,37 @@ def test_a_bracket_does_not_make_json(tmp_path, text):
     corpus = _load(tmp_path, "a.txt", text)
     assert corpus.documents == (text,)
     assert corpus.account is None
+
+
+PIECES = [
+    '{"text": "one"}',
+    '"messages"',
+    "[",
+    "]",
+    "{",
+    "}",
+    ":",
+    ",",
+    '"',
+    "\\ud800",
+    "\n",
+    "\r",
+    "\t",
+    ";",
+    "id,text",
+    "3",
+]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".txt"]),
+    st.lists(st.sampled_from(PIECES), max_size=12),
+)
+def test_whatever_a_file_holds_is_read_or_refused_in_one_line(tmp_path, suffix, pieces):
+    try:
+        corpus = _load(tmp_path, f"a{suffix}", "".join(pieces))
+    except RequestError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(document.strip() for document in corpus.documents)

@@ -95,12 +95,12 @@ def read_text(path: Path) -> str:
     text = _decoded(path, data)
     if not text.strip():
         raise RequestError(f"the text file {path} is empty")
-    return newlines(text) if "\n" in text else text.replace("\r", "\n")
+    return newlines(text)
 
 
 def newlines(text: str) -> str:
-    """A text with the line ends of Windows as newlines: they are how a file ends its lines, no content."""
-    return text.replace("\r\n", "\n")
+    """A text with newlines for the line ends of other systems: how a file ends its lines is no content."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _decoded(path: Path, data: bytes) -> str:

@@ -140,9 +140,13 @@ def _row(place: str, value: Any) -> tuple[str, Row]:
 
 def _text(place: str, row: Row) -> Found | None:
     """The text of a row, by its fields' names; EMPTY if they hold none, None if no name is known."""
-    texts = [kind(place, row) for kind in (_plain, _conversation, _task, _named)]
-    known = [text for text in texts if text is not None]
-    return next((text for text in known if text != EMPTY), EMPTY if known or not any(row.values()) else None)
+    known = False
+    for kind in (_plain, _conversation, _task, _named):
+        text = kind(place, row)
+        if text is not None and text != EMPTY:
+            return text
+        known = known or text is not None
+    return EMPTY if known or not any(row.values()) else None
 
 
 def _plain(place: str, row: Row) -> Found | None:
