@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4 (mini): as Llama, with queries, keys and values in one linear, and gate and up in another."""
+"""Phi-3 and Phi-4 mini: as Llama, with queries, keys and values in one linear, gate and up in another."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A model whose norms divide by the root mean square alone computes the same when its residual stream is turned,
 x -> x Q, if what writes to it is turned with it and what reads it is turned back (SliceGPT, arXiv 2401.15024;
 QuaRot, 2404.00456; R1 of SpinQuant, 2405.16406). With Q = diag(+-1) H / sqrt(n), H a Hadamard matrix, no
-channel of the turned stream stands out, and neither does a weight: every one is a mean of n with random signs.
+channel of the turned stream stands out, nor does a weight: every one is a mean of n with random signs.
 """
 
 from __future__ import annotations

@@ -63,9 +63,8 @@ def as_recipe_reads(source: ModelSource, recipe: Recipe) -> ModelSource:
         try:
             equality = step.equality(source.config, source.layout, recipe.seed)
         except ValueError as error:
-            raise RequestError(
-                f"recipe {recipe.name}: step {index + 1} ({step.kind}) cannot be applied to {source.name}: {error}"
-            ) from None
+            place = f"recipe {recipe.name}: step {index + 1} ({step.kind})"
+            raise RequestError(f"{place} cannot be applied to {source.name}: {error}") from None
         if equality is not None:
             source = EqualSource(source, equality)
     return source

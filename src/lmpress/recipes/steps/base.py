@@ -142,7 +142,7 @@ class Step(Strict):
         return None
 
     def equality(self, config: Any, layout: Layout, seed: int) -> Equality | None:
-        """How it turns the dense model into an equal one, before anything else happens; None where it does not.
+        """How it turns the dense model into an equal one, before anything else; None where it does not.
 
         Raises:
             ValueError: the model has no such equal.
@@ -150,7 +150,7 @@ class Step(Strict):
         return None
 
     def grid(self) -> RoundOptions | None:
-        """The grid that it puts floating-point weights on, as far as plain rounding tells; None without one."""
+        """The grid that it puts weights on, as far as plain rounding tells; None without one."""
         return None
 
     def granularities(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:

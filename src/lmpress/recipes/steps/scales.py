@@ -14,8 +14,8 @@ from lmpress.statistics import Channels
 class Awq(SiteStep):
     """Larger weights for inputs that are large, before a step rounds them: AWQ (arXiv 2306.00978).
 
-    The inverse goes into the norm or the linear in front, and the dense model computes the same. The grid is that
-    of the `quantize` that follows.
+    The inverse goes into the norm or the linear in front, and the dense model computes the same. The grid is
+    that of the `quantize` that follows.
 
     Attributes:
         points: powers of the inputs' magnitudes that are tried for each site, beside 0.
