@@ -71,9 +71,10 @@ def alps(
     """
     hessian = statistics.require_hessian().to(weight.device, torch.float32)
     check_shapes(weight, hessian)
-    target, group = weight.float(), parse_pattern(options.pattern)
+    moved, group = None, parse_pattern(options.pattern)
     if cross is not None:
-        target = moved_target(target, hessian, cross, options.damping, options.asymmetry)
+        moved = moved_target(weight.float(), hessian, cross, options.damping, options.asymmetry)
+    target = weight.float() if moved is None else moved
     rows = 1.0 if row_weights is None else row_weights.to(target)[:, None]
     metric = Metric.of(hessian, options.damping)
     admm = Admm(metric, density_of(options.pattern, options.sparsity), group)
@@ -92,7 +93,7 @@ def alps(
         "iterations": admm.steps,
         "output_error": relative_loss(target, form.dense(), hessian),
     }
-    return Rewritten(form, report)
+    return Rewritten(form, report, moved)
 
 
 def moved_target(target: Tensor, hessian: Tensor, cross: Tensor, damping: float, amount: float) -> Tensor:

@@ -135,9 +135,10 @@ def entropy_quantize(
         raise ValueError("the weight holds NaN or infinity")
     rank = torch.argsort(hessian.diagonal(), stable=True)  # ascending: a little better at low rates
     factor = _factor(hessian, rank, options)
-    target = weight.float()
+    moved = None
     if cross is not None:
-        target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry, rank)
+        moved = asymmetric_target(weight.float(), hessian, cross.to(hessian), factor, options.asymmetry, rank)
+    target = weight.float() if moved is None else moved
     shape = step_shape(weight.shape[0], _in_order(factor.upper.diagonal(), rank), sensitivity, options)
     row = shape.rows(step)
     column = wide_enough(target, row, shape.column, options)
@@ -151,7 +152,7 @@ def entropy_quantize(
         "tokens": statistics.count,
         "output_error": relative_loss(target, codes * row.float() * column.float(), hessian),
     }
-    return Rewritten(form, report)
+    return Rewritten(form, report, moved)
 
 
 def step_shape(

@@ -101,13 +101,14 @@ def gptq(
     """
     hessian = statistics.require_hessian().to(weight.device, torch.float32)
     check_shapes(weight, hessian)
-    target = weight.float()
     rank = columns_in_order(hessian.diagonal(), options)
     factor = damped_inverse_factor(
         hessian[rank][:, rank], options.damping, per_channel=options.per_channel_damping
     )
+    moved = None
     if cross is not None:
-        target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry, rank)
+        moved = asymmetric_target(weight.float(), hessian, cross.to(hessian), factor, options.asymmetry, rank)
+    target = weight.float() if moved is None else moved
     importance = factor.upper.diagonal().square().reciprocal()
     scale, zero = _fit(target, torch.empty_like(importance).scatter_(0, rank, importance), options)
     rounded = Quantized.from_codes(
@@ -127,7 +128,7 @@ def gptq(
         "output_error": relative_loss(target, form.dense(), hessian),
         "rounded_error": relative_loss(target, rounded.dense(), hessian),
     }
-    return Rewritten(form, report)
+    return Rewritten(form, report, moved)
 
 
 def check_shapes(weight: Tensor, hessian: Tensor) -> None:

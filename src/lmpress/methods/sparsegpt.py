@@ -124,9 +124,10 @@ def sparsegpt(
     """
     hessian = _hessian(weight, statistics)
     factor = damped_inverse_factor(hessian, options.damping, per_channel=options.per_channel_damping)
-    target, grid = weight.float(), None
+    moved = grid = None
     if cross is not None:
-        target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry)
+        moved = asymmetric_target(weight.float(), hessian, cross.to(hessian), factor, options.asymmetry)
+    target = weight.float() if moved is None else moved
     if options.bits is not None:
         fitted = target
         if options.case == "survivors":
@@ -134,7 +135,8 @@ def sparsegpt(
             pruned.solve(factor.upper)
             fitted = pruned.columns.T
         grid = _fit(fitted, hessian, options)
-    return _solve(target, weight.dtype, hessian, factor, options, None, grid, row_weights)
+    solved = _solve(target, weight.dtype, hessian, factor, options, None, grid, row_weights)
+    return replace(solved, target=moved)
 
 
 def quantize_survivors(form: Form, statistics: InputStatistics, options: SparseGptOptions) -> Rewritten:

@@ -131,10 +131,11 @@ def sslc(
         ValueError: missing statistics, shapes that do not fit, an m that does not divide the columns.
     """
     _check(weight, statistics, options)
-    target, splits = weight.float(), None
+    moved = splits = None
     if cross is not None:
-        hessian = statistics.require_hessian().to(target)
-        target = moved_target(target, hessian, cross, options.damping, options.asymmetry)
+        hessian = statistics.require_hessian().to(weight.device, torch.float32)
+        moved = moved_target(weight.float(), hessian, cross, options.damping, options.asymmetry)
+    target = weight.float() if moved is None else moved
     if options.kappa is None:
         kappa, splits = best_split(target, statistics, options, row_weights)
         options = replace(options, kappa=kappa)
@@ -153,7 +154,7 @@ def sslc(
     }
     if statistics.hessian is not None:
         report["output_error"] = relative_loss(target, form.dense(), statistics.hessian.to(weight.device))
-    return Rewritten(form, report if splits is None else report | {"splits": splits})
+    return Rewritten(form, report if splits is None else report | {"splits": splits}, moved)
 
 
 def split_budget(

@@ -89,6 +89,7 @@ def svd_llm(
     left, right = balanced(*project_exactly(W * importance, H, rank))
     left = left / importance
     report: dict[str, Any] = {"rank": rank, "damping": options.damping}
+    moved: Tensor | None = None
     if cross is not None:
         if cross.shape != (n, n):
             raise ValueError(f"a cross matrix of {tuple(cross.shape)} for a weight of {(m, n)}")
@@ -96,10 +97,11 @@ def svd_llm(
         moment = W @ (H + options.update * cross.to(H))  # E[y x^T], (m, n)
         factor, _ = damped_cholesky(right @ H @ right.T, 0.0)
         left = torch.cholesky_solve(right @ moment.T, factor).T
+        moved = torch.cholesky_solve(moment.T, damped_cholesky(H, 0.0)[0]).T.float()
         report["updated"] = options.update
     left, right = left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous()
     report["relative_error"] = relative_error(W, left.double() @ right.double(), statistics.hessian)
-    return Rewritten(LowRank(Dense(left), Dense(right)), report)
+    return Rewritten(LowRank(Dense(left), Dense(right)), report, moved)
 
 
 def row_weights(sensitivity: Tensor) -> Tensor:
