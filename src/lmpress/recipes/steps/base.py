@@ -140,7 +140,9 @@ class LeafStep(FormStep):
             inner = context.behind(form.left.dense())
             right, left = self._chained(form.right, form.left, statistics, inner, context)
             return Rewritten(
-                LowRank(left.form, right.form), right.report | {"left": left.report, "right": right.report}
+                LowRank(left.form, right.form),
+                right.report | {"left": left.report, "right": right.report},
+                _moved(LowRank(form.left, _aim(form.right, right)), right),
             )
         if isinstance(form, Pivoted):
             inner, outer = _pivoted_contexts(form, context)
@@ -148,10 +150,16 @@ class LeafStep(FormStep):
             return Rewritten(
                 Pivoted(basis.form, rest.form, form.index),
                 basis.report | {"basis": basis.report, "coefficients": rest.report},
+                _moved(replace(form, basis=_aim(form.basis, basis)), basis),
             )
         if isinstance(form, Sum):
             parts = [self.rewrite(term, statistics, context) for term in form.terms]
-            return Rewritten(Sum(tuple(p.form for p in parts)), {"terms": [p.report for p in parts]})
+            aims = tuple(_aim(term, part) for term, part in zip(form.terms, parts, strict=True))
+            return Rewritten(
+                Sum(tuple(p.form for p in parts)),
+                {"terms": [p.report for p in parts]},
+                _moved(Sum(aims), *parts),
+            )
         return self.rewrite_leaf(form, statistics, context)
 
     def _chained(
@@ -166,6 +174,16 @@ class LeafStep(FormStep):
         before = self.rewrite(first, statistics, inner)
         between = None if statistics is None else statistics.through(before.form.dense())
         return before, self.rewrite(second, between, replace(outer, cross=None))
+
+
+def _aim(form: Form, rewritten: Rewritten) -> Form:
+    """What a part of an expression was fitted to: itself, or the target that it was moved to."""
+    return form if rewritten.target is None else Dense(rewritten.target)
+
+
+def _moved(aim: Form, *parts: Rewritten) -> Tensor | None:
+    """The target of an expression, None where none of its parts was moved."""
+    return None if all(part.target is None for part in parts) else aim.dense()
 
 
 def _pivoted_contexts(form: Pivoted, context: LeafContext) -> tuple[LeafContext, LeafContext]:
