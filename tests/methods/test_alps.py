@@ -1,5 +1,6 @@
 """ALPS: the support it finds and the values on it, against least squares row by row."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from lmpress.forms import Sparse
 from lmpress.methods.alps import Admm, AlpsOptions, Metric, alps, refit
 from lmpress.methods.patterns import keep_largest
-from tests.methods.layers import layer, output_error
+from tests.methods.layers import layer, output_error, statistics_of
 from tests.methods.test_sparsegpt import least_squares
 
 
@@ -92,3 +93,25 @@ def test_rows_and_the_dense_output_guide_the_support() -> None:
     wanted = original @ weight.T
     moved = made(cross=cross)
     assert float((x @ moved.T - wanted).square().sum()) < float((x @ plain.T - wanted).square().sum())
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_metric_that_cannot_be_factored_is_damped_and_told(rank: int) -> None:
+    """Without damping, inputs that say the same leave rounding alone between H and an indefinite matrix."""
+    x = torch.randn(50, rank, generator=torch.Generator().manual_seed(2)) @ torch.randn(
+        rank, 24, generator=torch.Generator().manual_seed(3)
+    )
+    weight = layer(8, 24)[0]
+    statistics = statistics_of(100 * x)
+    hessian = statistics.require_hessian()
+    size = hessian.diagonal().sqrt()
+    noise = torch.randn(24, 24, generator=torch.Generator().manual_seed(4))
+    hessian = hessian + 0.05 * noise.fill_diagonal_(0) * size * size[:, None]
+    crooked = replace(statistics, hessian=(hessian + hessian.T) / 2)
+    result = alps(weight, crooked, AlpsOptions(damping=0.0, iterations=120))
+    assert isinstance(result.form, Sparse)
+    assert result.form.density == 0.5
+    assert bool(torch.isfinite(result.form.dense()).all())
+    assert result.report["damping"] > 0
+    whole = alps(weight, layer(8, 24)[2], AlpsOptions(damping=0.0, iterations=120))
+    assert whole.report["damping"] == 0

@@ -182,7 +182,7 @@ def test_what_is_refused() -> None:
     weight, _, statistics = layer(4, 10)
     with pytest.raises(ValueError, match="multiple of 4"):
         sparsegpt(weight, statistics, SparseGptOptions(pattern="2:4"))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="not fit a weight"):
         sparsegpt(weight[:, :8], statistics, SparseGptOptions())
     with pytest.raises(ValueError, match="symmetric grid"):
         SparseGptOptions(bits=4, symmetric=False)

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import EntropyCoded, coded_bits
-from lmpress.methods.gptq import asymmetric_target, check_shapes
+from lmpress.methods.checks import check_layer
+from lmpress.methods.gptq import asymmetric_target
 from lmpress.methods.hessian import InverseFactor, damped_inverse_factor, feed_back, relative_loss
 from lmpress.methods.result import Rewritten
 from lmpress.statistics import InputStatistics
@@ -127,12 +128,10 @@ def entropy_quantize(
         ValueError: no Hessian, shapes that do not fit, values that are not finite, a step so small that codes
             need more than 32 bits.
     """
+    check_layer(weight, statistics, cross=cross)
     hessian = statistics.require_hessian().to(weight.device, torch.float32)
-    check_shapes(weight, hessian)
     if not step > 0 or not math.isfinite(step):
         raise ValueError(f"a step is positive, not {step}")
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
     rank = torch.argsort(hessian.diagonal(), stable=True)  # ascending: a little better at low rates
     factor = _factor(hessian, rank, options)
     moved = None

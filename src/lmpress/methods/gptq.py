@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Quantized
+from lmpress.methods.checks import check_layer
 from lmpress.methods.hessian import InverseFactor, damped_inverse_factor, feed_back, relative_loss
 from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import fit_grid, parse_granularity, quantize_to_grid
@@ -99,8 +100,8 @@ def gptq(
         ValueError: no Hessian, shapes that do not fit, groups that do not divide the columns, a weight or a
             Hessian that is not finite.
     """
+    check_layer(weight, statistics, cross=cross)
     hessian = statistics.require_hessian().to(weight.device, torch.float32)
-    check_shapes(weight, hessian)
     rank = columns_in_order(hessian.diagonal(), options)
     factor = damped_inverse_factor(
         hessian[rank][:, rank], options.damping, per_channel=options.per_channel_damping
@@ -129,14 +130,6 @@ def gptq(
         "rounded_error": relative_loss(target, rounded.dense(), hessian),
     }
     return Rewritten(form, report, moved)
-
-
-def check_shapes(weight: Tensor, hessian: Tensor) -> None:
-    """ValueError where a Hessian is not that of the input of `weight` (out, in)."""
-    if weight.ndim != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
-        raise ValueError(
-            f"a Hessian of {tuple(hessian.shape)} does not fit a weight of {tuple(weight.shape)}"
-        )
 
 
 def columns_in_order(diagonal: Tensor, options: GptqOptions) -> Tensor:
@@ -168,8 +161,6 @@ def asymmetric_target(
         cross: C = E[(x_fp - x) x^T] (in, in).
         factor: of H in the order `rank`; None for the order of the inputs.
     """
-    if cross.shape != hessian.shape:
-        raise ValueError(f"a cross matrix of {tuple(cross.shape)} for a Hessian of {tuple(hessian.shape)}")
     order = torch.arange(len(hessian), device=hessian.device) if rank is None else rank
     moved = (weight @ cross)[:, order] @ factor.upper.T @ factor.upper
     target = weight.clone()

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Form
-from lmpress.methods.gptq import asymmetric_target, check_shapes
+from lmpress.methods.checks import check_layer
+from lmpress.methods.gptq import asymmetric_target
 from lmpress.methods.hessian import InverseFactor, damped_inverse_factor, feed_back, relative_loss
 from lmpress.methods.patterns import (
     Grid,
@@ -122,7 +123,8 @@ def sparsegpt(
         ValueError: no Hessian, shapes that do not fit, an m that does not divide the columns, a weight or a
             Hessian that is not finite.
     """
-    hessian = _hessian(weight, statistics)
+    check_layer(weight, statistics, cross=cross, row_weights=row_weights)
+    hessian = statistics.require_hessian().to(weight.device, torch.float32)
     factor = damped_inverse_factor(hessian, options.damping, per_channel=options.per_channel_damping)
     moved = grid = None
     if cross is not None:
@@ -153,7 +155,8 @@ def quantize_survivors(form: Form, statistics: InputStatistics, options: SparseG
     if options.bits is None:
         raise ValueError("quantizing survivors needs a number of bits")
     weight, mask = survivors(form)
-    hessian = _hessian(weight, statistics)
+    check_layer(weight, statistics)
+    hessian = statistics.require_hessian().to(weight.device, torch.float32)
     factor = damped_inverse_factor(hessian, options.damping, per_channel=options.per_channel_damping)
     return _solve(weight, weight.dtype, hessian, factor, options, mask, _fit(weight, hessian, options))
 
@@ -162,7 +165,7 @@ def prune_then_quantize(weight: Tensor, statistics: InputStatistics, options: Sp
     """`sparsegpt` without bits and then `quantize_survivors`: what the one pass is to be compared with."""
     pruned = sparsegpt(weight, statistics, replace(options, bits=None)).form
     result = quantize_survivors(pruned, statistics, options)
-    hessian = _hessian(weight, statistics)
+    hessian = statistics.require_hessian().to(weight.device, torch.float32)
     error = relative_loss(weight, result.form.dense(), hessian)
     return Rewritten(result.form, result.report | {"output_error": error})
 
@@ -173,14 +176,6 @@ def solve_survivors(target: Tensor, hessian: Tensor, mask: Tensor, options: Spar
     factor = damped_inverse_factor(hessian, options.damping, per_channel=options.per_channel_damping)
     grid = None if options.bits is None else _fit(target * mask, hessian, options)
     return _solve(target.float(), target.dtype, hessian, factor, options, mask, grid)
-
-
-def _hessian(weight: Tensor, statistics: InputStatistics) -> Tensor:
-    hessian = statistics.require_hessian().to(weight.device, torch.float32)
-    check_shapes(weight, hessian)
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
-    return hessian
 
 
 def _fit(weight: Tensor, hessian: Tensor, options: SparseGptOptions) -> Grid:
