@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # public, and not in its __all__
+
 FLOOR = 1e-8
 """Added to every channel, as a fraction of the mean diagonal: it keeps dead channels invertible."""
 
@@ -120,7 +122,7 @@ def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor, float]:
         shifted.diagonal().add_(used * unit)
         try:
             values, vectors = torch.linalg.eigh(shifted)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             continue
         return values.flip(0) - used * unit, vectors.flip(1), used
     raise ValueError("a symmetric matrix has no eigenvectors with any damping: it is not finite")
@@ -130,7 +132,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     """S (min(m, n),) of a matrix (m, n), the largest first; mended as `singular_vectors` are."""
     try:
         values: Tensor = torch.linalg.svdvals(matrix)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         values = singular_vectors(matrix)[1]
     return values
 
@@ -147,7 +149,7 @@ def singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
     try:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return left, values, right, 0.0
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         pass
     if matrix.shape[0] > matrix.shape[1]:
         right, values, left, used = singular_vectors(matrix.T)
