@@ -231,3 +231,10 @@ def test_bad_requests() -> None:
         EntropyOptions(damping=-1)
     with pytest.raises(ValueError, match="largest"):
         EntropyOptions(largest_code=0)
+
+
+def test_a_step_too_small_for_the_largest_code_is_refused() -> None:
+    weight, statistics = random_weight(8, 32), statistics_of(inputs(32))
+    options = EntropyOptions(largest_code=7)
+    with pytest.raises(ValueError, match="too small to keep every code within 7"):
+        entropy_quantize(1e6 * weight, statistics, 0.01, options)

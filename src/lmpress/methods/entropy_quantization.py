@@ -204,10 +204,14 @@ def _in_order(values: Tensor, rank: Tensor) -> Tensor:
 
 
 def wide_enough(target: Tensor, row: Tensor, column: Tensor, options: EntropyOptions) -> Tensor:
-    """The column steps, wider where a code would be larger than it may be."""
+    """The column steps, wider where a code would be larger than it may be; ValueError if beyond float16."""
     if options.largest_code is None or not target.numel():
         return column
     needed = (target / row.float()).abs().amax(0, keepdim=True) / options.largest_code
+    if float(needed.max()) > torch.finfo(torch.float16).max:
+        raise ValueError(
+            f"the step is too small to keep every code within {options.largest_code}: take a larger"
+        )
     return torch.maximum(column.float(), needed).half()
 
 
