@@ -279,3 +279,19 @@ def test_a_row_with_more_salient_entries_than_it_keeps() -> None:
 
 def result_error(form: Sum, weight: Tensor) -> float:
     return float((form.dense() - weight).square().sum() / weight.square().sum())
+
+
+@pytest.mark.parametrize("metric", ["hessian", "diagonal"])
+def test_what_is_protected_is_most_salient_in_both_metrics(metric: str) -> None:
+    """Entries that a low-rank term explains would leave S, were they not protected."""
+    weight, x, statistics = built()
+    options = SslcOptions(protect=0.02, kappa=0.6, sparsity=0.7, metric=metric, iterations=40)
+    salience = weight.abs() * x.square().mean(0).sqrt()
+    salient = salience >= salience.flatten().sort(descending=True).values[round(0.02 * 64 * 96) - 1]
+    kept = {}
+    for name, share in (("protected", options), ("free", replace(options, protect=0.0))):
+        form = sslc(weight, statistics, share).form
+        assert isinstance(form, Sum)
+        assert isinstance(form.terms[0], Sparse)
+        kept[name] = float(form.terms[0].pattern.mask()[salient].float().mean())
+    assert kept["protected"] == 1 > kept["free"]
