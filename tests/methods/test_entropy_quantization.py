@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmpress.forms import EntropyCoded
+from lmpress.forms import EntropyCoded, coded_bits
 from lmpress.methods.entropy_quantization import (
     EntropyOptions,
     RateCurve,
-    code_entropy,
     conditional_deviations,
     entropy_quantize,
     rate_curve,
@@ -193,8 +192,8 @@ def test_rate_curves_tell_what_rounding_takes() -> None:
 def test_entropy_of_codes() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (400, 300), generator=generator)
-    assert code_entropy(codes) == pytest.approx(4 * codes.numel(), rel=0.02)
-    assert code_entropy(torch.zeros(50, 50)) < 100
+    assert coded_bits(codes) == pytest.approx(4 * codes.numel(), rel=0.02)
+    assert coded_bits(torch.zeros(50, 50)) < 100
 
 
 def test_a_rate_that_cannot_be_met_tells_the_least() -> None:

@@ -37,6 +37,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("quantize", {"bits": 8}, {}),
     ("quantize", {"bits": 4, "granularity": "group:8", "symmetric": False, "clip": True}, {}),
     ("quantize", {"bits": 5, "granularity": "tensor"}, {}),
+    ("quantize", {"bits": 4, "granularity": "group:32"}, {}),  # as wide as the weight
+    ("quantize", {"bits": 4, "granularity": "group:32", "solver": "gptq"}, {}),
     ("quantize", GPTQ, {}),
     ("quantize", GPTQ | {"granularity": "group:8", "sweeps": 1, "clip": True, "symmetric": False}, {}),
     ("quantize", GPTQ | {"asymmetry": 0.5, "order": "activation"}, {}),

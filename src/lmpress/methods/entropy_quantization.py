@@ -272,11 +272,6 @@ def _solve_rows(
     return result.T
 
 
-def code_entropy(codes: Tensor) -> float:
-    """Bits that whole numbers (out, in) take in an `EntropyCoded` form, model included and scales not."""
-    return coded_bits(codes)
-
-
 @dataclass(frozen=True)
 class RateCurve:
     """What a weight costs at every step, estimated without feedback.
@@ -339,7 +334,7 @@ def rate_curve(
         if options.largest_code is not None:
             size = (scaled.abs().amax(0) / options.largest_code).clamp_min(size)
         codes = round_with_dead_zone(scaled / size, deviation / size, options.dead_zone)
-        bits.append(code_entropy(codes) * rows / len(picked))
+        bits.append(coded_bits(codes) * rows / len(picked))
     return RateCurve(weight.numel(), overhead, tuple(log_steps), tuple(bits))
 
 

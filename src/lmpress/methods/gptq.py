@@ -122,9 +122,9 @@ def gptq(
     form = solver.form()
     report: dict[str, Any] = {
         **factor.report(),
-        "bits": options.bits,
-        "granularity": options.granularity,
-        "symmetric": options.symmetric,
+        "bits": form.bits,
+        "granularity": form.granularity,
+        "symmetric": form.symmetric,
         "tokens": statistics.count,
         "output_error": relative_loss(target, form.dense(), hessian),
         "rounded_error": relative_loss(target, rounded.dense(), hessian),

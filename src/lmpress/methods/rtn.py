@@ -99,10 +99,10 @@ def round_to_nearest(weight: Tensor, statistics: InputStatistics | None, options
     norm = float(weight.double().norm())
     error = float((weight.float() - form.dense()).double().norm())
     report = {
-        "bits": options.bits,
-        "granularity": options.granularity,
-        "symmetric": options.symmetric,
-        "scale_dtype": str(scale.dtype).removeprefix("torch."),
+        "bits": form.bits,
+        "granularity": form.granularity,
+        "symmetric": form.symmetric,
+        "scale_dtype": str(form.scale.dtype).removeprefix("torch."),
         "weight_error": error / norm if norm else 0.0,
     }
     return Rewritten(form, report)
