@@ -13,6 +13,7 @@ from lmpress.methods.damping import (
     damped_cholesky,
     damping_terms,
     eigenvectors,
+    growing,
     shifted_cholesky,
     singular_values,
     singular_vectors,
@@ -144,3 +145,10 @@ def test_a_matrix_without_rank_still_has_orthonormal_vectors(monkeypatch: pytest
     assert not values.any()
     torch.testing.assert_close(left.T @ left, torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(right @ right.T, torch.eye(4, dtype=torch.float64))
+
+
+def test_how_damping_grows() -> None:
+    assert list(growing(0.0)) == pytest.approx([0.0, *(10.0**power for power in range(-6, 3))])
+    assert list(growing(0.02)) == pytest.approx([0.02, 0.2, 2.0, 20.0])
+    assert list(growing(100.0)) == [100.0]
+    assert list(growing(100.1)) == []
