@@ -71,11 +71,11 @@ def sha256_file(path: Path) -> str:
 def read_json(path: Path) -> Any:
     """JSON from a file. RequestError where it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is let be
     except FileNotFoundError:
         raise RequestError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} is broken ({error}); restore the file, or compress again") from None
+        raise RequestError(f"{path} is no valid JSON ({error}); restore the file") from None
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
