@@ -6,16 +6,19 @@ from lmpress.pipeline.calibration import (
     CalibrationText,
     calibration_text,
     check_calibration,
-    load_dense,
     small_ids,
 )
+from lmpress.pipeline.dense_model import load_dense
+from lmpress.pipeline.gguf_source import GgufSource
 from lmpress.pipeline.journal import WORK, Journal
+from lmpress.pipeline.opening import open_source
 from lmpress.pipeline.output import finish_publication
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.prediction import ModulePlan
 from lmpress.pipeline.run import Run, sizes
+from lmpress.pipeline.safetensors_source import SafetensorsSource
 from lmpress.pipeline.setting import RunOptions
-from lmpress.pipeline.source import GgufSource, ModelSource, SafetensorsSource, open_source
+from lmpress.pipeline.source import ModelSource
 from lmpress.pipeline.stream import BlockStream
 from lmpress.pipeline.walk import Gathered
 

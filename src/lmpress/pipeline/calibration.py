@@ -22,8 +22,9 @@ from lmpress.corpora import (
     split_specs,
 )
 from lmpress.errors import RequestError
-from lmpress.families import skeleton
+from lmpress.pipeline.dense_model import load_dense
 from lmpress.pipeline.source import ModelSource
+from lmpress.pipeline.tokenizer_files import check_ids
 
 CALIBRATION = "calibration.safetensors"
 """The token ids that calibration and recovery saw, kept so that evaluation can refuse them."""
@@ -103,6 +104,7 @@ def calibration_text(
             "split": ", ".join(corpus.split for corpus in parts),
             "sha256": ", ".join(corpus.sha256 for corpus in parts),
         }
+    check_ids(source.name, windows, source.config.vocab_size)
     record |= {"samples": samples, "seq_len": seq_len, "seed": seed}
     return CalibrationText(windows, record | {"tokens": windows.numel(), "ids_sha256": fingerprint(windows)})
 
@@ -132,14 +134,3 @@ def borrowed_text(
 def small_ids(windows: Tensor) -> Tensor:
     """Token ids in the smallest type that holds them, for the checkpoint."""
     return windows.to(torch.uint16 if int(windows.max()) < 1 << 16 else torch.int32)
-
-
-def load_dense(source: ModelSource, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """The whole dense model in memory: only for what cannot be streamed, such as writing text."""
-    model = skeleton(source.config, dtype)
-    state = {name: tensor.to(dtype) for name, tensor in source.read(source.names).items()}
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model.to(device).eval()
