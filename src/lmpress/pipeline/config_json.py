@@ -31,17 +31,16 @@ COMPUTING = re.compile(
 
 UNTOLD = {
     *(
-        "torch_dtype",
-        "auto_map",
         "rope_theta",
         "rope_scaling",
         "rope_local_base_freq",
         "partial_rotary_factor",
+        "sliding_window_pattern",
     ),
-    *("sliding_window_pattern", "head_dim", "rope_type", "name_or_path", "use_bfloat16"),
+    *("torch_dtype", "auto_map", "head_dim", "hidden_act", "rope_type", "name_or_path", "use_bfloat16"),
     *("model_max_length", "unsloth_version", "unsloth_fixed", "transformers.js_config", "_commit_hash"),
-    *("_attn_implementation_autoset", "_flash_attn_2_enabled", "attn_implementation", "hidden_act"),
-    *("tokenizer_class", "task_specific_params", "torchscript", "pruned_heads"),
+    *("_attn_implementation_autoset", "_flash_attn_2_enabled", "attn_implementation", "tokenizer_class"),
+    *("task_specific_params", "torchscript", "pruned_heads"),
 }
 """Keys beside a class's own that it reads under another name, or that change no computation."""
 
@@ -135,7 +134,7 @@ def _check_architectures(path: Path, raw: Mapping[str, Any]) -> None:
 
 def _check_keys(path: Path, raw: Mapping[str, Any], config: Any) -> None:
     """Keys that the class has no field for: refused where they would change the computation, else told of."""
-    known = {*vars(type(config)()), *type(config).attribute_map, *UNTOLD, *GenerationConfig().to_dict()}
+    known = {*type(config)().to_dict(), *type(config).attribute_map, *UNTOLD, *GenerationConfig().to_dict()}
     unread = [key for key, value in raw.items() if key not in known and value]
     unread = [key for key in unread if not QUANTIZED.search(key) and not _neutral(raw[key])]
     wrong = [f"{key}: {raw[key]}" for key in unread if COMPUTING.search(key)]
@@ -153,8 +152,8 @@ def _check_keys(path: Path, raw: Mapping[str, Any], config: Any) -> None:
 
 
 def _neutral(value: Any) -> bool:
-    """Whether a scale is one that changes nothing, or all layers are of one kind."""
-    return value == 1 or (isinstance(value, list) and len({str(one) for one in value}) == 1)
+    """Whether a scale is one that changes nothing, or layers of the usual kind."""
+    return value == 1 or (isinstance(value, list) and all(one == "full_attention" for one in value))
 
 
 def check_rope(path: Path, config: Any) -> None:

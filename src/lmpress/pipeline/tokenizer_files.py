@@ -72,8 +72,8 @@ def check_ids(name: str, ids: Tensor, rows: int) -> None:
     highest = int(ids.max())
     if highest >= rows:
         raise RequestError(
-            f"{name}: the text holds the token {highest}, and the embedding has only {rows} rows; the tokenizer"
-            " has words that the model was never given: leave them out of the text, or mend the tokenizer"
+            f"{name}: the text holds the token {highest}, and the embedding has only {rows} rows; its"
+            " tokenizer has words that the model was never given: leave them out of the text"
         )
 
 
