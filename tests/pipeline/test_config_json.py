@@ -56,8 +56,8 @@ def test_a_byte_order_mark_is_let_be(changed: Callable[..., Path], tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "no valid JSON"),
-        ("", "no valid JSON"),
+        ("{", "is broken: no JSON"),
+        ("", "is broken: no JSON"),
         ("[1]", "no model_type"),
         ("{}", "no model_type"),
         ('{"model_type": "of_tomorrow"}', "'of_tomorrow' is not supported"),
@@ -154,9 +154,31 @@ def test_what_the_class_does_not_compute(key: str, value: Any, changed: Callable
     assert "\n" not in str(refusal.value)
 
 
-def test_a_gemma_that_sees_both_ways(changed: Callable[..., Path]) -> None:
-    with pytest.raises(RequestError, match="use_bidirectional_attention"):
-        read_config(changed("gemma3", use_bidirectional_attention=True))
+@pytest.mark.parametrize("key", [{"use_bidirectional_attention": True}, {"is_causal": False}])
+def test_a_model_that_sees_both_ways(key: dict[str, bool], changed: Callable[..., Path]) -> None:
+    with pytest.raises(RequestError, match="both ways"):
+        read_config(changed("gemma3", **key))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear", "factor": 2.0},
+        {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64},
+    ],
+)
+def test_scalings_as_older_configs_write_them(
+    scaling: dict[str, Any], changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = changed(rope_parameters="DROP", rope_scaling=scaling, rope_theta=5e5)
+    capsys.readouterr()
+    rope = read_config(path).rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == (
+        scaling["type"],
+        scaling["factor"],
+        5e5,
+    )
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

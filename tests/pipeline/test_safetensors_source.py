@@ -85,7 +85,7 @@ def test_what_belongs_to_nothing_is_told(copy: Callable, capsys: pytest.CaptureF
     open_source(path)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
-    assert "10 tensors are not used" in told[0]
+    assert "not used" in told[0]
     assert "model.layers.2." in told[0]
     assert "and 7 more" in told[0]
 
@@ -98,6 +98,13 @@ def test_buffers_of_old_checkpoints_pass_in_silence(
     capsys.readouterr()
     open_source(path)
     assert capsys.readouterr().err == ""
+
+
+def test_a_head_of_another_task_is_told(copy: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    path = change(copy("llama"), adding(**{"score.weight": (2, 64)}))
+    capsys.readouterr()
+    open_source(path)
+    assert "not used: score.weight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -180,6 +187,31 @@ def test_a_shard_that_is_missing_cut_off_or_there_twice(tmp_path: Path) -> None:
     shutil.copy(shards[0], shard)
     with pytest.raises(RequestError, match="both hold"):
         open_source(path)
+
+
+def test_one_file_beside_the_shards(copy: Callable, tmp_path: Path) -> None:
+    path = save_tiny("llama-untied", tmp_path / "sharded", max_shard_size="100KB")
+    shutil.copy(copy("llama-untied") / "model.safetensors", path)
+    with pytest.raises(RequestError, match=r"model\.safetensors and the shards of"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"shape":[96,64]', '"shape":[64,64]'),
+        ('"shape":[96,64]', '"shape":[96,6.]'),
+        ('"F32"', '"F99"'),
+        ('"dtype"', '"dtypo"'),
+    ],
+)
+def test_a_header_that_contradicts_itself(old: str, new: str, copy: Callable, tmp_path: Path) -> None:
+    path = config(copy("llama"), intermediate_size=64) if "[64,64]" in new else copy("llama")
+    data = (path / "model.safetensors").read_bytes()
+    assert old.encode() in data
+    (path / "model.safetensors").write_bytes(data.replace(old.encode(), new.encode(), 1))
+    with pytest.raises(RequestError, match=r"model"):
+        lmpress.compress(path, "int8", tmp_path / "out")
 
 
 def test_the_type_is_that_of_most_of_the_weights(copy: Callable) -> None:

@@ -115,4 +115,4 @@ def account_for_rest(where: object, rest: Sequence[str], belongs: Callable[[str]
             " computes something else; mend the config, merge the adapter, or compress the dense model"
         )
     if rest:
-        note(f"{where}: {len(rest)} tensors are not used, for the model has no place for them: {some(rest)}")
+        note(f"{where} holds what the model has no place for, which is not used: {some(rest)}")

@@ -40,7 +40,7 @@ UNTOLD = {
     *("torch_dtype", "auto_map", "head_dim", "hidden_act", "rope_type", "name_or_path", "use_bfloat16"),
     *("model_max_length", "unsloth_version", "unsloth_fixed", "transformers.js_config", "_commit_hash"),
     *("_attn_implementation_autoset", "_flash_attn_2_enabled", "attn_implementation", "tokenizer_class"),
-    *("task_specific_params", "torchscript", "pruned_heads"),
+    *("task_specific_params", "torchscript", "pruned_heads", "original_max_position_embeddings"),
 }
 """Keys beside a class's own that it reads under another name, or that change no computation."""
 
@@ -77,7 +77,7 @@ def read_config(directory: Path) -> Any:
     layout_of(config)
     _check_architectures(path, raw)
     _check_keys(path, raw, config)
-    check_rope(path, config)
+    _check_rope(path, config)
     return config
 
 
@@ -138,8 +138,8 @@ def _check_keys(path: Path, raw: Mapping[str, Any], config: Any) -> None:
     unread = [key for key, value in raw.items() if key not in known and value]
     unread = [key for key in unread if not QUANTIZED.search(key) and not _neutral(raw[key])]
     wrong = [f"{key}: {raw[key]}" for key in unread if COMPUTING.search(key)]
-    if getattr(config, "use_bidirectional_attention", None):
-        wrong.append("use_bidirectional_attention: true")
+    if getattr(config, "use_bidirectional_attention", None) or raw.get("is_causal") is False:
+        raise RequestError(f"{path} is of a model that sees both ways, which no causal language model does")
     if wrong:
         raise RequestError(
             f"{path} has {some(wrong)}, which {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]} does not"
@@ -156,7 +156,7 @@ def _neutral(value: Any) -> bool:
     return value == 1 or (isinstance(value, list) and all(one == "full_attention" for one in value))
 
 
-def check_rope(path: Path, config: Any) -> None:
+def _check_rope(path: Path, config: Any) -> None:
     """Refuse rotary frequencies that the families do not compute; tell of parameters that play no part."""
     for rope in _ropes(getattr(config, "rope_parameters", None)):
         kind = rope.get("rope_type", "default")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmpress.checkpoint import read_header, shard_paths
+from lmpress.checkpoint import INDEX, SINGLE, read_header, shard_paths
 from lmpress.errors import RequestError
 from lmpress.pipeline.accounting import Stored, account_for_rest, settle
 from lmpress.pipeline.config_json import read_config
@@ -45,6 +46,11 @@ class SafetensorsSource(ModelSource):
         self.directory = directory
         super().__init__(name or str(directory), read_config(directory))
         self._shards = shard_paths(directory)
+        single = directory / SINGLE
+        if single.is_file() and single not in self._shards:
+            raise RequestError(
+                f"{directory} holds {SINGLE} and the shards of {INDEX}, two models: remove the one not meant"
+            )
         stored = _stored(self._shards)
         self._tensors = settle(self.name, self.shapes, stored, self._aliases)
         self._account_for_rest(stored)
@@ -89,13 +95,17 @@ class SafetensorsSource(ModelSource):
                 " in config.json, so that only one can count; set it to false if both are meant"
             )
 
+    @cached_property
+    def _modules(self) -> set[str]:
+        """The modules that compute; not those that only hold the blocks."""
+        holders = {"", *_ancestors(self.layout.blocks), self.layout.blocks}
+        return {path for path, _ in self.skeleton.named_modules()} - holders
+
     def _belongs(self, name: str) -> bool:
         """Whether the skeleton has the module that a tensor is named after, or one around it."""
-        holders = {"", *_ancestors(self.layout.blocks), self.layout.blocks}
-        modules = {path for path, _ in self.skeleton.named_modules()} - holders
         bare = name.removeprefix(ADAPTED)
         prefix = self.skeleton.base_model_prefix + "."
-        return any(path in modules for known in (bare, prefix + bare) for path in _ancestors(known))
+        return any(path in self._modules for known in (bare, prefix + bare) for path in _ancestors(known))
 
     def _read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         by_file: dict[Path, list[str]] = {}
@@ -103,7 +113,7 @@ class SafetensorsSource(ModelSource):
             by_file.setdefault(self._tensors[name].path, []).append(name)
         tensors: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
-            with safe_open(path, framework="pt") as file:  # closed again, so that its pages are let go
+            with _open(path) as file:  # closed again, so that its pages are let go
                 for name in wanted:
                     tensors[name] = file.get_tensor(self._tensors[name].name).clone()
         return tensors
@@ -137,8 +147,16 @@ class SafetensorsSource(ModelSource):
         return ((self.directory / n).read_bytes() for n in DECIDING if (self.directory / n).is_file())
 
 
+def _open(path: Path) -> Any:
+    """A safetensors file. RequestError where its header is not one that the library takes."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise RequestError(f"{path} is damaged ({error}): fetch it again") from None
+
+
 def _stored(shards: list[Path]) -> dict[str, Stored]:
-    """All tensors of the shards. RequestError where a name is there twice."""
+    """All tensors of the shards. RequestError where a header contradicts itself, or two hold one name."""
     stored: dict[str, Stored] = {}
     for path in shards:
         header = read_header(path)
@@ -147,10 +165,17 @@ def _stored(shards: list[Path]) -> dict[str, Stored]:
         for name, entry in header.items():
             if name in stored:
                 raise RequestError(f"{path} and {stored[name].path.name} both hold {name}; fetch them again")
-            low, high = entry["data_offsets"]
-            kind, shape = str(entry["dtype"]), tuple(entry["shape"])
-            stored[name] = Stored(name, path, kind, kind in DENSE, shape, start + low, high - low)
+            stored[name] = _told(path, name, start, entry)
     return stored
+
+
+def _told(path: Path, name: str, start: int, entry: dict[str, Any]) -> Stored:
+    kind, shape, (low, high) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+    if kind in DENSE and math.prod(shape) * DENSE[kind].itemsize != high - low:
+        raise RequestError(
+            f"{path} is damaged: {name} of shape {shape} cannot take {high - low} bytes; fetch it again"
+        )
+    return Stored(name, path, kind, kind in DENSE, shape, start + low, high - low)
 
 
 def _ancestors(path: str) -> list[str]:
@@ -162,7 +187,7 @@ def _ancestors(path: str) -> list[str]:
 def _equal(one: Stored, other: Stored) -> bool:
     if one.shape != other.shape or one.kind != other.kind:
         return False
-    with safe_open(one.path, framework="pt") as first, safe_open(other.path, framework="pt") as second:
+    with _open(one.path) as first, _open(other.path) as second:
         a, b = first.get_slice(one.name), second.get_slice(other.name)
         return all(
             torch.equal(a[row : row + ROWS], b[row : row + ROWS]) for row in range(0, one.shape[0], ROWS)
