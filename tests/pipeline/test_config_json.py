@@ -88,14 +88,15 @@ def test_directories_that_hold_no_model(changed: Callable[..., Path], tmp_path: 
 @pytest.mark.parametrize(
     "key", ["quantization_config", "compression_config", "quantization", "quant_config", "text_quant_config"]
 )
-@pytest.mark.parametrize("value", [{"load_in_8bit": True}, {"bits": 4}, {"quant_method": "awq"}])
+@pytest.mark.parametrize("value", [{"load_in_8bit": True}, {"quant_method": "awq"}, "awq"])
 def test_a_quantization_under_any_key(key: str, value: Any, changed: Callable[..., Path]) -> None:
     with pytest.raises(RequestError, match=f"already quantized.*{key}"):
         read_config(changed(**{key: value}))
 
 
-def test_an_empty_quantization_is_none(changed: Callable[..., Path]) -> None:
-    config = read_config(changed(quantization_config={}))
+@pytest.mark.parametrize("value", [{}, None, {"load_in_8bit": False}])
+def test_an_empty_quantization_is_none(value: Any, changed: Callable[..., Path]) -> None:
+    config = read_config(changed(quantization_config=value, _pre_quantization_dtype="float16"))
     assert not hasattr(config, "quantization_config")
 
 

@@ -20,7 +20,7 @@ from lmpress.progress import note
 
 CONFIG = "config.json"
 
-QUANTIZED = re.compile(r"quant|compression_config")
+QUANTIZED = re.compile(r"^(?!_).*quant|compression_config")
 """Keys under which tools write how the weights were quantized."""
 
 COMPUTING = re.compile(
@@ -39,6 +39,7 @@ UNTOLD = {
     ),
     *("torch_dtype", "auto_map", "head_dim", "hidden_act", "rope_type", "name_or_path", "use_bfloat16"),
     *("model_max_length", "unsloth_version", "unsloth_fixed", "transformers.js_config", "_commit_hash"),
+    *("_pre_quantization_dtype",),
     *("_attn_implementation_autoset", "_flash_attn_2_enabled", "attn_implementation", "tokenizer_class"),
     *("task_specific_params", "torchscript", "pruned_heads", "original_max_position_embeddings"),
 }
@@ -96,11 +97,12 @@ def _check_directory(directory: Path) -> None:
 
 def _refuse_quantized(path: Path, raw: Mapping[str, Any]) -> None:
     for key, value in raw.items():
-        if QUANTIZED.search(key) and isinstance(value, dict) and value:
-            how = value.get("quant_method") or some(sorted(value))
-            raise RequestError(
-                f"{path.parent} is already quantized ({key} in {CONFIG}: {how}); compress the dense model"
-            )
+        if not QUANTIZED.search(key) or not (any(value.values()) if isinstance(value, dict) else value):
+            continue
+        told = value.get("quant_method") or some(sorted(value)) if isinstance(value, dict) else value
+        raise RequestError(
+            f"{path.parent} is already quantized ({key} in {CONFIG}: {told}); compress the dense model"
+        )
 
 
 def _built(path: Path, raw: Mapping[str, Any]) -> Any:

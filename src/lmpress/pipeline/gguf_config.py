@@ -28,20 +28,21 @@ COMMON = {
 }
 """What every architecture states, and what transformers calls it."""
 
+UNSET = (0, "", None)
+"""What a key is set to where llama.cpp takes it as not set."""
+
 NEUTRAL = {
-    "attention.causal": True,
-    "attention.clamp_kqv": 0,
-    "embedding_scale": 1.0,
-    "residual_scale": 1.0,
-    "logit_scale": 1.0,
-    "rope.scaling.attn_factor": 1.0,
-    "rope.scaling.yarn_ext_factor": -1.0,
-    "rope.scaling.yarn_attn_factor": 1.0,
-    "rope.scaling.yarn_beta_fast": 32.0,
-    "rope.scaling.yarn_beta_slow": 1.0,
-    "attention.layer_norm_epsilon": None,
+    "attention.causal": (True,),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "logit_scale": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_ext_factor": (0, -1),
+    "rope.scaling.yarn_attn_factor": (0, 1),
+    "rope.scaling.yarn_beta_fast": (0, 32),
+    "rope.scaling.yarn_beta_slow": (0, 1),
 }
-"""Keys that change nothing at these values; None where none of the architectures reads them at all."""
+"""The values of other keys that change nothing."""
 
 LARGEST = {"gemma2": 46, "gemma3": 62}
 """The blocks of the 27B models, whose queries are scaled by the width of the model instead of the head."""
@@ -130,7 +131,7 @@ def _biases(file: GgufFile, architecture: Architecture) -> Values:
 
 def _account_for_keys(file: GgufFile) -> None:
     """Refuse what llama.cpp computes with and nobody here reads; tell of keys that it does not know."""
-    unread = {key: value for key, value in file.unread().items() if NEUTRAL.get(key, 0) not in (value, None)}
+    unread = {k: value for k, value in file.unread().items() if value not in NEUTRAL.get(k, UNSET)}
     known = computing_keys()
     wrong = [f"{file.architecture}.{key} = {value}" for key, value in unread.items() if key in known]
     if wrong:

@@ -109,11 +109,10 @@ class GgufFile:
         return name in self._asked
 
     def unread(self) -> dict[str, Any]:
-        """The keys of the architecture that nobody asked for and that are not set to nothing."""
+        """The keys of the architecture that nobody asked for, without its name, and their values."""
         start = self.architecture + "."
         keys = [key for key in self._reader.fields if key.startswith(start) and key not in self._asked]
-        values = {key.removeprefix(start): self._reader.fields[key].contents() for key in keys}
-        return {key: value for key, value in values.items() if value}
+        return {key.removeprefix(start): self._reader.fields[key].contents() for key in keys}
 
     def header(self) -> bytes:
         """The bytes before the weights: all metadata, with the tokenizer."""
