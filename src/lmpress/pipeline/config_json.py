@@ -25,23 +25,16 @@ QUANTIZED = re.compile(r"^(?!_).*quant|compression_config")
 
 COMPUTING = re.compile(
     r"softcap|multiplier|logits?_scal|num_(local_|routed_|shared_)?experts|n_routed_experts|moe_|per_layer"
-    r"|block_configs|layer_types|(residual|embedding|attention|logit)_scale|alibi|clip_qkv"
+    r"|block_configs|layer_types|partial_rotary|(residual|embedding|attention|logit)_scale|alibi|clip_qkv"
 )
 """Keys that change what a model of some family computes, wherever its class reads them."""
 
 UNTOLD = {
-    *(
-        "rope_theta",
-        "rope_scaling",
-        "rope_local_base_freq",
-        "partial_rotary_factor",
-        "sliding_window_pattern",
-    ),
-    *("torch_dtype", "auto_map", "head_dim", "hidden_act", "rope_type", "name_or_path", "use_bfloat16"),
-    *("model_max_length", "unsloth_version", "unsloth_fixed", "transformers.js_config", "_commit_hash"),
-    *("_pre_quantization_dtype",),
-    *("_attn_implementation_autoset", "_flash_attn_2_enabled", "attn_implementation", "tokenizer_class"),
-    *("task_specific_params", "torchscript", "pruned_heads", "original_max_position_embeddings"),
+    *("rope_theta", "rope_scaling", "rope_local_base_freq", "rope_type", "original_max_position_embeddings"),
+    *("sliding_window_pattern", "head_dim", "hidden_act", "torch_dtype", "auto_map", "attn_implementation"),
+    *("name_or_path", "tokenizer_class", "model_max_length", "task_specific_params", "torchscript"),
+    *("pruned_heads", "use_bfloat16", "unsloth_version", "unsloth_fixed", "transformers.js_config"),
+    *("_attn_implementation_autoset", "_flash_attn_2_enabled", "_commit_hash", "_pre_quantization_dtype"),
 }
 """Keys beside a class's own that it reads under another name, or that change no computation."""
 

@@ -18,7 +18,7 @@ from lmpress.pipeline.gguf_file import GgufFile
 
 Array = numpy.typing.NDArray[numpy.float64]
 
-EXACT = 1e-4
+EXACT = 1e-5
 """The largest relative error of a frequency in float32 whose parameters are found again."""
 
 

@@ -42,7 +42,8 @@ def read_tokenizer(directory: Path, gguf: str | None, name: str, config: Any) ->
         raise RequestError(
             f"{name} has no tokenizer that transformers reads: {_reason(directory, error)}"
         ) from None
-    check_vocabulary(name, tokenizer.vocab_size, len(tokenizer), config.vocab_size)
+    if gguf is None:  # of a GGUF file the tokens are counted in the file, for transformers adds some
+        check_vocabulary(name, tokenizer.vocab_size, len(tokenizer), config.vocab_size)
     return tokenizer
 
 
