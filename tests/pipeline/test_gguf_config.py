@@ -40,6 +40,8 @@ def opened(tmp_path: Path, keys: dict[str, Any], family: str = "llama", architec
         ({"attention.layer_norm_rms_epsilon": None}, "lacks the key"),
         ({"context_length": None}, "lacks the key"),
         ({"attention.head_count": 0}, "no attention heads"),
+        ({"block_count": "two"}, "describes no model"),
+        ({"rope.freq_base": "high"}, "describes no model"),
         (
             {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 2.0},
             "attn_fac",
@@ -95,6 +97,8 @@ def test_gemmas_without_what_the_first_files_lack(tmp_path: Path) -> None:
     config = opened(tmp_path, {}, "gemma2", "gemma2").config
     assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
     assert (config.sliding_window, config.query_pre_attn_scalar) == (4096, 16)
+    keys = {"attention.sliding_window": 16, "attention.sliding_window_pattern": 0}
+    assert set(opened(tmp_path, keys, "gemma3", "gemma3").config.layer_types) == {"sliding_attention"}
     config = opened(tmp_path, {}, "gemma3", "gemma3").config
     assert set(config.layer_types) == {"full_attention"}
     assert config.attn_logit_softcapping is None

@@ -78,20 +78,27 @@ def gguf_config(file: GgufFile) -> Any:
             f" supported{experts}; lmpress reads {', '.join(ARCHITECTURES)} from GGUF files, and the types"
             f" {', '.join(supported())} from safetensors"
         )
-    values = {ours: file.own(key) for key, ours in COMMON.items()}
+    try:
+        values = _values(file, architecture)
+        _account_for_keys(file)
+        return CONFIG_MAPPING[values.pop("model_type")](**values)
+    except RequestError:
+        raise
+    except Exception as error:  # transformers and Python raise whatever the values made them raise
+        told = " ".join(str(error).split()) or repr(error)
+        raise RequestError(f"{file.path} describes no model that transformers builds: {told}") from None
+
+
+def _values(file: GgufFile, architecture: Architecture) -> Values:
+    """What the file states, by the names that transformers has for it."""
+    values: Values = {ours: file.own(key) for key, ours in COMMON.items()}
     values |= _heads(file, values) | _vocabulary(file) | _biases(file, architecture)
     values |= {"model_type": architecture.model_type, "rope_parameters": None}
     values |= architecture.rest(file, values)
     if values["rope_parameters"] is None:
-        values["rope_parameters"] = rope_parameters(
-            file, values["head_dim"], values["max_position_embeddings"]
-        )
-    _account_for_keys(file)
-    try:
-        return CONFIG_MAPPING[values.pop("model_type")](**values)
-    except Exception as error:  # transformers raises whatever the values made it raise
-        told = " ".join(str(error).split()) or repr(error)
-        raise RequestError(f"{file.path} describes no model that transformers builds: {told}") from None
+        head_dim, context = values["head_dim"], values["max_position_embeddings"]
+        values["rope_parameters"] = rope_parameters(file, head_dim, context)
+    return values
 
 
 def _heads(file: GgufFile, values: Values) -> Values:
@@ -183,8 +190,9 @@ def _gemma3(file: GgufFile, values: Values) -> Values:
     """Layers with a window turn by a base of their own, and never scaled."""
     window = file.own("attention.sliding_window", 0) or None
     layers = values["num_hidden_layers"]
-    pattern = file.get("gemma3.attention.sliding_window_pattern", 6)
-    sliding = pattern if isinstance(pattern, list) else [bool((i + 1) % pattern) for i in range(layers)]
+    sliding = file.get("gemma3.attention.sliding_window_pattern", 6)
+    if not isinstance(sliding, list):  # every how many layers one sees everything; 0 for none
+        sliding = [sliding == 0 or bool((i + 1) % sliding) for i in range(layers)]
     kinds = ["sliding_attention" if one and window else "full_attention" for one in sliding[:layers]]
     full = rope_parameters(file, values["head_dim"], values["max_position_embeddings"])
     local = {"rope_type": "default", "rope_theta": float(file.own("rope.freq_base_swa", 10000.0))}
