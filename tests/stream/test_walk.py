@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import lmpress
 from lmpress.forms import Dense
-from lmpress.pipeline import open_source
-from lmpress.source import dense_block, dense_outer, set_form
+from lmpress.source import dense_block, dense_outer, open_source, set_form
 from lmpress.stream import IN_FLIGHT, BlockStream, Walk
 from tests.pipeline.test_original import FACTOR, PRUNE, gptq, recipe, shards
 from tests.tiny import TINY

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lmpress.pipeline import open_source, sensitivity
-from lmpress.source import dense_block
+from lmpress.source import dense_block, open_source, sensitivity
 from lmpress.statistics import InputStatistics
 from lmpress.stream import Activations, BlockStream
 from lmpress.survey.sensitivity import _drawn, sensitivities

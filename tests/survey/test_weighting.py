@@ -11,8 +11,7 @@ import torch
 
 import lmpress
 from lmpress.api.loading import load_any
-from lmpress.pipeline import open_source
-from lmpress.source import dense_block, dense_outer
+from lmpress.source import dense_block, dense_outer, open_source
 from lmpress.statistics import StatisticsAccumulator
 from lmpress.stream import BlockStream
 from lmpress.survey.weighting import pooled, position_weights, weighting_samples

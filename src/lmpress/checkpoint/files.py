@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,11 +70,11 @@ def sha256_file(path: Path) -> str:
 def read_json(path: Path) -> Any:
     """JSON from a file. RequestError where it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is let be
     except FileNotFoundError:
         raise RequestError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} is broken ({error}); restore the file, or compress again") from None
+        raise RequestError(f"{path} is broken: no JSON ({error}); restore the file") from None
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -92,6 +91,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError("no header")
             header: dict[str, dict[str, Any]] = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        if not all({"dtype", "shape"} <= entry.keys() for entry in header.values()):
+            raise ValueError("no type or shape")
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except FileNotFoundError:
         raise RequestError(f"{path} is missing") from None
@@ -127,10 +128,3 @@ def shard_paths(directory: Path) -> list[Path]:
             f"{directory} holds pickled weights, which lmpress does not open; convert them to safetensors"
         )
     raise RequestError(f"{directory} has no weights: no {SINGLE} and no {INDEX}")
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a small file whole or not at all."""
-    temporary = target.with_name(target.name + ".part")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
