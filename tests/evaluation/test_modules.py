@@ -166,7 +166,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     # 32 weights of Q8_0 take 34 bytes, 8.5 bits; the other matrix takes 16
     assert stored_bits_per_weight(tmp_path / "m.gguf", TINY["llama"]()) == pytest.approx((8.5 + 16) / 2)
     (tmp_path / "bad.gguf").write_bytes(b"nothing of the kind")
-    with pytest.raises(RequestError, match="cannot be read as GGUF"):
+    with pytest.raises(RequestError, match="is no GGUF file"):
         stored_bits_per_weight(tmp_path / "bad.gguf", TINY["llama"]())
 
 

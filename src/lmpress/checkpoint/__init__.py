@@ -14,6 +14,7 @@ from lmpress.checkpoint.files import (
     write_json,
     write_tensors,
 )
+from lmpress.checkpoint.gguf_header import read_gguf_header
 from lmpress.checkpoint.plugin import (
     FORMAT_VERSION,
     METHOD,
@@ -52,6 +53,7 @@ __all__ = [
     "model_card",
     "plan_of",
     "put_forms",
+    "read_gguf_header",
     "read_header",
     "read_json",
     "read_manifest",

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from lmpress.checkpoint import copy_file, read_header, read_json, shard_paths, write_bytes
+from lmpress.checkpoint import copy_file, read_gguf_header, read_header, read_json, shard_paths, write_bytes
 from lmpress.corpora.demo_model import demo_gguf
 from lmpress.errors import RequestError
 from lmpress.families import Layout, layout_of, skeleton
@@ -221,6 +221,7 @@ class GgufSource(ModelSource):
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
+        read_gguf_header(path)  # before anything else reads it, and believes its counts
         super().__init__(name or str(path), _config(path.parent, path.name))
         self._tensors, self._map, self._processor = self._open()
 
