@@ -64,6 +64,10 @@ class LowRank(Form):
     def from_description(cls, description: Mapping[str, Any]) -> LowRank:
         return cls(form_from_description(description["left"]), form_from_description(description["right"]))
 
+    def check(self) -> None:
+        self.left.check()
+        self.right.check()
+
     def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
         return LowRank(self.left.rewrite(rewriter), self.right.rewrite(rewriter))
 

@@ -103,6 +103,13 @@ class Pivoted(Form):
         rows = basis.shape[0] + coefficients.shape[0]
         return cls(basis, coefficients, torch.empty(1, -(-rows // 8), dtype=torch.uint8, device="meta"))
 
+    def check(self) -> None:
+        pivots = int(self.pivots().sum())
+        if pivots != self.rank:
+            raise ValueError(f"an index names {pivots} pivot rows instead of {self.rank}: it is damaged")
+        self.basis.check()
+        self.coefficients.check()
+
     def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
         return Pivoted(self.basis.rewrite(rewriter), self.coefficients.rewrite(rewriter), self.index)
 

@@ -62,6 +62,10 @@ class Sum(Form):
     def from_description(cls, description: Mapping[str, Any]) -> Sum:
         return cls(tuple(form_from_description(term) for term in description["terms"]))
 
+    def check(self) -> None:
+        for term in self.terms:
+            term.check()
+
     def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
         return Sum(tuple(term.rewrite(rewriter) for term in self.terms))
 
