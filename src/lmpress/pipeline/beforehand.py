@@ -23,7 +23,7 @@ from lmpress.pipeline.calibration import (
     calibration_text,
     small_ids,
 )
-from lmpress.pipeline.journal import Journal
+from lmpress.pipeline.journal import Journal, file_entry
 from lmpress.pipeline.plan import Plan
 from lmpress.pipeline.rewriting import rewrite_early
 from lmpress.pipeline.setting import Setting
@@ -61,7 +61,7 @@ class Beforehand:
             text = calibration_text(options.calibration, source, *size, options.device)
         self._warn_of_few(text.windows.numel())
         write_tensors(path, {"input_ids": small_ids(text.windows)})
-        self.journal.append({"calibration": text.record})
+        self.journal.append({"calibration": text.record} | file_entry(path))
         return text
 
     def weights(self, text: CalibrationText | None) -> dict[str, Tensor]:

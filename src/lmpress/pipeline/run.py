@@ -27,7 +27,7 @@ from lmpress.pipeline.blocks import (
 )
 from lmpress.pipeline.calibration import CalibrationText
 from lmpress.pipeline.heap import give_back_memory
-from lmpress.pipeline.journal import WORK, Journal
+from lmpress.pipeline.journal import WORK, Journal, file_entry
 from lmpress.pipeline.output import (
     check_empty,
     check_foreign,
@@ -270,7 +270,7 @@ class Run:
         count = self.source.layout.num_blocks + 1
         path = self.staging / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         write_tensors(path, stored)
-        entry |= {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        entry |= file_entry(path)
         self.journal.append(entry)
         return entry
 
