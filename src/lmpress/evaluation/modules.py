@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from lmpress.checkpoint import MANIFEST, plan_of, read_gguf_header, read_header, read_json, shard_paths
+from lmpress.checkpoint import MANIFEST, plan_of, read_gguf_header, read_header, read_manifest, shard_paths
 from lmpress.errors import RequestError
 from lmpress.evaluation.size import dense_skeleton
 from lmpress.families import layout_of
@@ -189,8 +189,7 @@ def _directory_table(directory: Path) -> list[ModuleRow]:
     layout, skeleton = layout_of(config), dense_skeleton(config)
     stored = stored_tensors(directory)
     headers = {name: entry for file in shard_paths(directory) for name, entry in read_header(file).items()}
-    manifest = directory / MANIFEST
-    reports = read_json(manifest).get("modules", {}) if manifest.is_file() else {}
+    reports = read_manifest(directory)["modules"] if (directory / MANIFEST).is_file() else {}
     forms, in_block = plan_of(directory), block_linears(config)
     rows: list[ModuleRow] = []
     for name in [layout.embedding, *in_block, layout.head]:

@@ -15,7 +15,15 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from lmpress.checkpoint import copy_file, read_gguf_header, read_header, read_json, shard_paths, write_bytes
+from lmpress.checkpoint import (
+    check_bounds,
+    copy_file,
+    read_gguf_header,
+    read_header,
+    read_json,
+    shard_paths,
+    write_bytes,
+)
 from lmpress.corpora.demo_model import demo_gguf
 from lmpress.errors import RequestError
 from lmpress.families import Layout, layout_of, skeleton
@@ -150,6 +158,7 @@ class SafetensorsSource(ModelSource):
 
     def __init__(self, directory: Path, name: str | None = None) -> None:
         self.directory = directory
+        check_bounds(directory)
         super().__init__(name or str(directory), _config(directory, None))
         self._shards = shard_paths(directory)
         self._headers = {path: read_header(path) for path in self._shards}
