@@ -77,13 +77,13 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise _unread(path, error) from None
     except ValueError as error:
-        raise RequestError(f"{path} is broken ({error}); restore the file, or compress again") from None
+        raise RequestError(f"{path} is broken: no JSON ({error}); restore the file") from None
 
 
 def parse_json(text: bytes) -> Any:
-    """JSON in UTF-8. ValueError for anything else, and where a key stands twice in an object."""
+    """JSON in UTF-8, with or without a byte order mark. ValueError for anything else, and where a key stands twice in an object."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -15,7 +15,6 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lmpress.checkpoint.fit import check_fit
 from lmpress.checkpoint.swap import cast_floats, densify, hold_resident, put_forms, tie_head, use_sparse_cores
 from lmpress.errors import LmpressError, RequestError
 from lmpress.families import layout_of
@@ -94,7 +93,6 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dtype = model.dtype  # the skeleton was made in the type that the user asked for
         plan = self.quantization_config.plan
         forms = {name: form_from_description(description) for name, description in plan.items()}
-        check_fit(model, forms)
         put_forms(model, forms, dtype=self._dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
