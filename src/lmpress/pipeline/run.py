@@ -20,7 +20,7 @@ from lmpress.pipeline.assemble import assemble, discard, sizes
 from lmpress.pipeline.beforehand import Beforehand
 from lmpress.pipeline.block import BlockResult, BlockTask
 from lmpress.pipeline.heap import give_back_memory
-from lmpress.pipeline.journal import WORK, Journal
+from lmpress.pipeline.journal import WORK, Journal, file_entry
 from lmpress.pipeline.outer import rewrite_outer
 from lmpress.pipeline.output import (
     check_empty,
@@ -256,7 +256,7 @@ class Run:
         count = self.source.layout.num_blocks + 1
         path = self.staging / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         write_tensors(path, stored)
-        entry |= {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        entry |= file_entry(path)
         self.journal.append(entry)
         return entry
 

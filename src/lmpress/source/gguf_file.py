@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, Keys, ReaderTensor, dequantize
 
+from lmpress.checkpoint import read_gguf_header
 from lmpress.errors import RequestError
 from lmpress.source.accounting import Stored
 
@@ -40,6 +41,7 @@ class GgufFile:
         """
         self.path = path
         _check_start(path)
+        read_gguf_header(path)  # before anything else reads it, and believes its counts
         self._reader = _opened(path)
         self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in self._reader.tensors}
         self._asked: set[str] = set()
