@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import lmpress
 from lmpress.errors import RequestError
-from lmpress.pipeline import open_source
+from lmpress.source import open_source
 from tests.tiny import TINY, save_tiny, tiny_model
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import lmpress
-from lmpress.pipeline import load_dense, open_source
+from lmpress.source import open_source
+from lmpress.stream.text import load_dense
 
 SIZE = {"samples": 8, "seq_len": 32, "precision": "float32"}
 
