@@ -113,18 +113,9 @@ def test_sweeps_reach_the_optimum_of_a_tiny_grid() -> None:
 
 def test_sweeps_never_raise_the_loss() -> None:
     weight, statistics = random_weight(16, 48), statistics_of(inputs(48))
+    options = GptqOptions(bits=3, granularity="group:16", damping=0.0, symmetric=False, clip=True)
     losses = [
-        loss_of(
-            weight,
-            gptq(
-                weight,
-                statistics,
-                GptqOptions(
-                    bits=3, granularity="group:16", damping=0.0, sweeps=n, symmetric=False, clip=True
-                ),
-            ).form,
-            statistics,
-        )
+        loss_of(weight, gptq(weight, statistics, replace(options, sweeps=n)).form, statistics)
         for n in range(4)
     ]
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
@@ -208,9 +199,8 @@ def test_asymmetric_calibration_serves_the_original_outputs() -> None:
 
 def test_a_singular_hessian_is_mended_and_told() -> None:
     weight, statistics = random_weight(8, 64), statistics_of(inputs(64, tokens=10))
-    report = gptq(
-        weight, statistics, GptqOptions(bits=4, granularity="channel", damping=0.0, clip=True)
-    ).report
+    options = GptqOptions(bits=4, granularity="channel", damping=0.0, clip=True)
+    report = gptq(weight, statistics, options).report
     assert report["damping"] > 0
     assert report["tokens"] == 10
     assert report["output_error"] < report["rounded_error"]
@@ -232,7 +222,7 @@ def test_bad_requests() -> None:
     with pytest.raises(ValueError, match="order"):
         GptqOptions(order="random")
     with pytest.raises(ValueError, match="static"):
-        GptqOptions(order="activation", static_groups=False)
+        GptqOptions(order="activation", granularity="group:64", static_groups=False)
     with pytest.raises(ValueError, match="divide"):
         gptq(weight, statistics, GptqOptions(granularity="group:5"))
     with pytest.raises(ValueError, match="does not fit"):
