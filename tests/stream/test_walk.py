@@ -134,3 +134,16 @@ def test_products_in_bfloat16(tiny: Callable[[str], Path], text_file: Path, tmp_
         for name, module in told.items():
             error = module["relative_output_error"]
             assert lower_told[name]["relative_output_error"] == pytest.approx(error, rel=0.2, abs=0.02)
+
+
+def test_the_rows_that_tell_an_error_come_from_all_of_the_text(
+    stream: tuple[BlockStream, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 64, 64 and 32 rows."""
+    site = stream[0].layout.sites[0]
+    rows = Walk(*stream).gather(site, hessian=False).sample
+    assert rows.shape[0] == 160
+    monkeypatch.setattr("lmpress.pipeline.walk.SAMPLE_TOKENS", 6)
+    assert torch.equal(Walk(*stream).gather(site, hessian=False).sample, rows[[0, 63, 64, 127, 128, 159]])
+    first = Walk(*stream).gather(site, hessian=False, whole=False).sample
+    assert torch.equal(first, rows[[0, 13, 25, 38, 50, 63]])

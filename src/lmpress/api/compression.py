@@ -16,7 +16,7 @@ from lmpress.pipeline import Run, RunOptions, discard, finish_publication, writt
 from lmpress.plan import make_plan
 from lmpress.recipes import Recipe, load_recipe
 from lmpress.recovery import check_recovery_text, recover_checkpoint
-from lmpress.source import open_source
+from lmpress.source import as_recipe_reads, open_source
 from lmpress.stream.text import check_calibration
 
 RECOVERED = "recovered"
@@ -149,7 +149,7 @@ def plan(
     """What `compress` would do, as JSON, with the bytes to expect; nothing is computed or written."""
     wanted = load_recipe(recipe)
     check_calibration(calibration)
-    source = open_source(model)
+    source = as_recipe_reads(open_source(model), wanted)
     resolved = make_plan(wanted, source)
     predicted = resolved.predicted["bytes"]
     full = 2 * sum(source.skeleton.state_dict(keep_vars=True)[name].numel() for name in source.names)

@@ -18,6 +18,7 @@ from lmpress.evaluation import (
     ModuleRow,
     TextProtocol,
     Timing,
+    check_windows,
     default_window,
     evaluate_models,
     module_table,
@@ -113,6 +114,11 @@ def evaluate_loaded(
         _evaluation_text(corpus, tokenizer, model.config, window, max_tokens, paper_protocol)
         for corpus in corpora
     ]
+    for account in filter(None, (corpus.account for corpus in corpora)):
+        note(account)
+    for text in texts:
+        for reader, _, _ in loaded.values():
+            check_windows(text, reader.config)
     for path in (Path(model) for model in models.values()):
         if path.is_dir() and is_compressed(path):
             _refuse_seen(path, corpora, texts)

@@ -33,7 +33,14 @@ from lmpress.pipeline.setting import RunOptions, Setting
 from lmpress.plan import Plan, make_plan
 from lmpress.progress import note, track
 from lmpress.recipes import Recipe
-from lmpress.source import ModelSource, block_tensors, outer_tensors, restored_block, restored_outer
+from lmpress.source import (
+    ModelSource,
+    as_recipe_reads,
+    block_tensors,
+    outer_tensors,
+    restored_block,
+    restored_outer,
+)
 from lmpress.stream import IN_FLIGHT, BlockStream, Walk
 from lmpress.stream.text import CalibrationText
 from lmpress.survey import Allocation
@@ -72,6 +79,7 @@ class Run:
     setting: Setting = field(init=False)
 
     def __post_init__(self) -> None:
+        self.source = as_recipe_reads(self.source, self.recipe)
         self.plan = make_plan(self.recipe, self.source)
         self.work = self.output / WORK
         self.journal = Journal(self.work)

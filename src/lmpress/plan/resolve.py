@@ -28,8 +28,12 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     outer = tuple(name for name in (layout.embedding, layout.head) if name in shapes)
     modules = {name: ModulePlan(shape) for name, shape in shapes.items()}
     plan = Plan(source.name, recipe, _storage_dtype(recipe, source), layout, modules, {}, outer)
+    over_sites = dict(recipe.site_steps)
     for index, step in enumerate(recipe.steps):
-        plan = _over_sites(plan, index, step) if isinstance(step, SiteStep) else _over_modules(plan, index)
+        if index in over_sites:
+            plan = _over_sites(plan, index, over_sites[index])
+        elif step.scope == "modules":
+            plan = _over_modules(plan, index)
     return replace(plan, predicted=predict(plan, source))
 
 

@@ -1,5 +1,6 @@
 """The recipe's strict schema, its steps, and the recipes that ship."""
 
+from lmpress.recipes.equality import Equality
 from lmpress.recipes.outline import Leaf, Outline
 from lmpress.recipes.schema import (
     Calibration,
@@ -12,6 +13,7 @@ from lmpress.recipes.schema import (
 from lmpress.recipes.steps import (
     GROUPS,
     STEPS,
+    Awq,
     Correct,
     EntropyQuantize,
     FormStep,
@@ -22,6 +24,7 @@ from lmpress.recipes.steps import (
     PruneNeurons,
     Quantize,
     Recover,
+    Rotate,
     SiteRewritten,
     SiteStep,
     SparseLowRank,
@@ -34,9 +37,11 @@ from lmpress.recipes.steps import (
 __all__ = [
     "GROUPS",
     "STEPS",
+    "Awq",
     "Calibration",
     "Correct",
     "EntropyQuantize",
+    "Equality",
     "FormStep",
     "Junction",
     "Leaf",
@@ -48,6 +53,7 @@ __all__ = [
     "Quantize",
     "Recipe",
     "Recover",
+    "Rotate",
     "SiteRewritten",
     "SiteStep",
     "SparseLowRank",

@@ -15,6 +15,7 @@ from lmpress.source.blocks import (
     set_form,
     store,
 )
+from lmpress.source.equal import as_recipe_reads
 from lmpress.source.model import GgufSource, ModelSource, SafetensorsSource, open_source
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "GgufSource",
     "ModelSource",
     "SafetensorsSource",
+    "as_recipe_reads",
     "bias_of",
     "block_tensors",
     "current_form",

@@ -341,7 +341,8 @@ def _tokenizer(directory: Path, gguf: str | None, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **extra)
     except Exception as error:
-        lines = str(error).strip().splitlines()
+        told = " ".join(str(error).split()) or repr(error)
         raise RequestError(
-            f"{name} has no tokenizer that transformers reads: {lines[0] if lines else error!r}"
+            f"{name} has no tokenizer that transformers reads: put the tokenizer's files (tokenizer.json and"
+            f" tokenizer_config.json) beside its weights ({told[:200]})"
         ) from None

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from lmpress.checkpoint import MANIFEST, read_json
 from lmpress.corpora import (
-    calibration_windows,
+    Corpus,
+    check_context,
     check_corpus,
+    check_ids,
+    draw_windows,
     fingerprint,
     generate_text,
     load_corpus,
@@ -23,6 +26,7 @@ from lmpress.corpora import (
 )
 from lmpress.errors import RequestError
 from lmpress.families import skeleton
+from lmpress.progress import note
 from lmpress.source import ModelSource
 
 CALIBRATION = "calibration.safetensors"
@@ -46,7 +50,7 @@ class CalibrationText:
 
     Attributes:
         windows: token ids (samples, seq_len).
-        record: name, split, sha256, tokens, ids_sha256, for the manifest.
+        record: name, split, sha256, tokens, ids_sha256, for the manifest; what each corpus gave.
     """
 
     windows: Tensor
@@ -67,6 +71,19 @@ def check_calibration(spec: str) -> None:
             check_corpus(part)
 
 
+def read_corpora(spec: str, *, tell: bool = True) -> list[Corpus]:
+    """Corpora (their train split) and files that are joined by commas; what was taken of rows is told."""
+    corpora = [load_corpus(part) for part in split_specs(spec)]
+    for account in filter(None, (corpus.account for corpus in corpora if tell)):
+        note(account)
+    return corpora
+
+
+def vocabulary_of(source: ModelSource) -> int:
+    """Rows of the model's embedding."""
+    return int(source.skeleton.get_submodule(source.layout.embedding).num_embeddings)
+
+
 def calibration_text(
     spec: str, source: ModelSource, samples: int, seq_len: int, seed: int, device: str = "cpu"
 ) -> CalibrationText:
@@ -75,34 +92,23 @@ def calibration_text(
     Args:
         spec: a corpus name, a file, several of them joined by commas, or `self`.
 
+    Returns:
+        windows of which every prefix is a fair mix of all the texts: surveys look at the first ones alone.
+
     Raises:
-        RequestError: an unknown or unreachable corpus, too little text, a window beyond the model's context.
+        RequestError: an unknown or unreachable corpus, too little text, a window beyond the model's context,
+            tokens that the model has no embedding for.
     """
-    context = getattr(source.config, "max_position_embeddings", None)
-    if context is not None and seq_len > context:
-        raise RequestError(
-            f"calibration windows of {seq_len} tokens are longer than the model's context of {context}; "
-            f"lower seq_len in the recipe"
-        )
+    check_context(source.config, seq_len, "calibration windows", "lower `seq_len` in the recipe")
     tokenizer = source.tokenizer()
     if spec == "self":
         model = load_dense(source, torch.float32, device)
-        windows = generate_text(model, tokenizer, samples, seq_len, seed).cpu()
+        windows = generate_text(model, tokenizer, samples, seq_len, seed).cpu()  # every one drawn alike
         record: dict[str, Any] = {"name": "self", "split": "generated", "sha256": fingerprint(windows)}
     else:
-        parts = [load_corpus(part) for part in split_specs(spec)]
-        shares = [samples // len(parts) + (i < samples % len(parts)) for i in range(len(parts))]
-        drawn = [
-            calibration_windows(corpus, tokenizer, share, seq_len, seed + i)
-            for i, (corpus, share) in enumerate(zip(parts, shares, strict=True))
-            if share
-        ]
-        windows = torch.cat(drawn)
-        record = {
-            "name": ", ".join(corpus.name for corpus in parts),
-            "split": ", ".join(corpus.split for corpus in parts),
-            "sha256": ", ".join(corpus.sha256 for corpus in parts),
-        }
+        corpora = read_corpora(spec)
+        windows, record = draw_windows(corpora, tokenizer, samples, seq_len, seed)
+        check_ids(windows, vocabulary_of(source), record["name"])
     record |= {"samples": samples, "seq_len": seq_len, "seed": seed}
     return CalibrationText(windows, record | {"tokens": windows.numel(), "ids_sha256": fingerprint(windows)})
 

@@ -38,7 +38,7 @@ class Gathered:
 
     Attributes:
         statistics: moments of the site's input.
-        sample: the first input rows, (<= SAMPLE_TOKENS, n).
+        sample: input rows from all of the text that was looked at, (<= SAMPLE_TOKENS, n).
         cross: E[(x_fp - x) x^T] (n, n), x_fp being what the dense model has there; None where nobody asked.
         activation: mean magnitude of the outputs of a linear on the way, (rows,); None where nobody asked.
     """
@@ -87,14 +87,14 @@ class Walk:
         features = int(self._module(site.linears[0]).in_features)
         accumulator = StatisticsAccumulator(features, hessian, self.stream.device)
         sample: list[Tensor] = []
+        share = max(1, SAMPLE_TOKENS // (len(self._rows) if whole else 1))
         weights = self.at.weights_of(site)
         cross = _Cross(channels or Channels(), weights)
         references = repeat(None) if original is None else original._reach(site)
         with self._listening(signal) as magnitudes:
             for x, dense in zip(self._reach(site), references, strict=False):
                 accumulator.update(x, weights=weights)
-                if sum(map(len, sample)) < SAMPLE_TOKENS:
-                    sample.append(x.reshape(-1, x.shape[-1])[:SAMPLE_TOKENS].float().clone())
+                sample.append(_spread(x, share))
                 if dense is not None:
                     cross.update(x, dense)
                 if not whole:
@@ -210,6 +210,13 @@ class _Cross:
             strayed *= counts_of_rows(self._weights, own)[:, None]
         product = strayed.T @ own
         self.total = product if self.total is None else self.total + product
+
+
+def _spread(x: Tensor, rows: int) -> Tensor:
+    """So many rows of a batch (..., n), evenly apart; all if there are fewer. float32 (<= rows, n)."""
+    flat = x.reshape(-1, x.shape[-1])
+    picked = torch.linspace(0, len(flat) - 1, min(rows, len(flat)), device=x.device).round().long()
+    return flat[picked].float()
 
 
 def _held(at: StreamBlock, block: nn.Module) -> int:

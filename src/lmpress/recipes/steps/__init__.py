@@ -15,11 +15,15 @@ from lmpress.recipes.steps.base import (
 from lmpress.recipes.steps.bits import HYBRIDS, EntropyQuantize, Quantize
 from lmpress.recipes.steps.factors import Correct, Pivot, Svd
 from lmpress.recipes.steps.recovery import Recover
+from lmpress.recipes.steps.rotation import Rotate
+from lmpress.recipes.steps.scales import Awq
 from lmpress.recipes.steps.sparsity import SparseLowRank, Sparsify
 from lmpress.recipes.steps.structure import PruneNeurons
 
 # One line a step: its key in a recipe and its class.
 STEPS: dict[str, type[Step]] = {
+    "rotate": Rotate,
+    "awq": Awq,
     "prune_neurons": PruneNeurons,
     "svd": Svd,
     "pivot": Pivot,
@@ -35,6 +39,7 @@ __all__ = [
     "GROUPS",
     "HYBRIDS",
     "STEPS",
+    "Awq",
     "Correct",
     "EntropyQuantize",
     "FormStep",
@@ -45,6 +50,7 @@ __all__ = [
     "PruneNeurons",
     "Quantize",
     "Recover",
+    "Rotate",
     "SiteRewritten",
     "SiteStep",
     "SparseLowRank",

@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from lmpress.families import BlockLayout, Feed, Rows, Site
+from lmpress.families import BlockLayout, Feed, Layout, Rows, Site
 from lmpress.forms import Form
 from lmpress.methods.result import Rewritten
-from lmpress.methods.rtn import parse_granularity
+from lmpress.methods.rtn import RoundOptions, parse_granularity
+from lmpress.recipes.equality import Equality
 from lmpress.recipes.outline import Outline
 from lmpress.statistics import Channels, InputStatistics
 
@@ -43,6 +44,9 @@ class Step(Strict):
 
     kind: ClassVar[str]
     """Its key in a recipe."""
+
+    scope: ClassVar[Literal["modules", "sites", "model"]] = "modules"
+    """Whether it works on modules, on sites with what feeds them, or on the dense model as it is read."""
 
     once: ClassVar[str | None] = None
     """Why a recipe has it only once; None where it may come again."""
@@ -135,6 +139,18 @@ class Step(Strict):
 
     def uneven_ranks(self, size: int) -> tuple[str, str] | None:
         """The ranks that it gives and a way out, where groups of `size` do not divide them."""
+        return None
+
+    def equality(self, config: Any, layout: Layout, seed: int) -> Equality | None:
+        """How it turns the dense model into an equal one, before anything else; None where it does not.
+
+        Raises:
+            ValueError: the model has no such equal.
+        """
+        return None
+
+    def grid(self) -> RoundOptions | None:
+        """The grid that it puts weights on, as far as plain rounding tells; None without one."""
         return None
 
     def granularities(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -243,6 +259,7 @@ class SiteStep(Step, ABC):
     one with fewer channels. The statistics that later steps see are those of what it leaves.
     """
 
+    scope: ClassVar[Literal["modules", "sites", "model"]] = "sites"
     told_as: ClassVar[str | None] = None
     """What a block's part of the manifest calls its report; None for the site's name and its kind."""
 

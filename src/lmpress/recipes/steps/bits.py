@@ -139,6 +139,10 @@ class Quantize(_Codes):
             return {}
         return hybrid_granularities(shapes, self.granularity, percentile=self.percentile, k=self.std_factor)
 
+    def grid(self) -> RoundOptions | None:
+        bits = min(8, max(2, round(self.bits)))
+        return self.told(RoundOptions, bits=bits, granularity="channel" if self.hybrid else self.granularity)
+
     def conflict(self, earlier: Sequence[Step]) -> str | None:
         for s in earlier:
             if s.leaves_codes:  # named by number in the plan, which sees the modules
