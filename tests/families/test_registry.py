@@ -10,11 +10,11 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma3Config,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
-    Phi3Config,
 )
 
 from lmpress.errors import RequestError
@@ -225,7 +225,7 @@ def test_writers_and_nothing_else_reach_the_residual_stream(name):
     assert torch.equal(model(ids).logits, silent)
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if not name.startswith("opt")])
+@pytest.mark.parametrize("name", [name for name in TINY if not name.startswith(("opt", "phi3"))])
 def test_grouped_queries_have_narrow_keys_and_values(name):
     model = tiny_model(name)
     layout = layout_of(model.config)
@@ -235,6 +235,18 @@ def test_grouped_queries_have_narrow_keys_and_values(name):
     assert q.weight.shape == (4 * head, 64)
     assert k.weight.shape == v.weight.shape == (2 * head, 64)
     assert o.weight.shape == (64, 4 * head)
+
+
+def test_fused_queries_keys_and_values_feed_by_their_last_rows():
+    model = tiny_model("phi3")
+    layout = layout_of(model.config)
+    fused = model.get_submodule(layout.block_name(0)).get_submodule(layout.block(0).attention[0])
+    assert fused.weight.shape == ((4 + 2 + 2) * 16, 64)
+    feed = layout.block(0).sites[1].feed
+    assert feed is not None
+    assert feed.rows is not None
+    assert feed.heads == (2, 2)
+    assert feed.rows.within(fused.out_features) == slice((4 + 2) * 16, (4 + 2 + 2) * 16)
 
 
 @every_model
@@ -281,7 +293,7 @@ def test_supported_types_are_known_to_transformers():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (Phi3Config(pad_token_id=0), "'phi3' is not supported"),
+        (FalconConfig(), "'falcon' is not supported"),
         (MixtralConfig(), "a mixture of experts"),
         (Gemma3Config(), "its text model alone, type 'gemma3_text'"),
         (object(), "None is not supported"),

@@ -140,10 +140,13 @@ def test_the_rows_that_tell_an_error_come_from_all_of_the_text(
     stream: tuple[BlockStream, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of 64, 64 and 32 rows."""
-    site = stream[0].layout.sites[0]
-    rows = Walk(*stream).gather(site, hessian=False).sample
+    site = stream[0].layout.block(0).sites[0]
+
+    def sample(whole: bool = True) -> Tensor:
+        return Walk(stream[0].block(0), stream[1]).gather(site, hessian=False, whole=whole).sample
+
+    rows = sample()
     assert rows.shape[0] == 160
-    monkeypatch.setattr("lmpress.pipeline.walk.SAMPLE_TOKENS", 6)
-    assert torch.equal(Walk(*stream).gather(site, hessian=False).sample, rows[[0, 63, 64, 127, 128, 159]])
-    first = Walk(*stream).gather(site, hessian=False, whole=False).sample
-    assert torch.equal(first, rows[[0, 13, 25, 38, 50, 63]])
+    monkeypatch.setattr("lmpress.stream.walk.SAMPLE_TOKENS", 6)
+    assert torch.equal(sample(), rows[[0, 63, 64, 127, 128, 159]])
+    assert torch.equal(sample(whole=False), rows[[0, 13, 25, 38, 50, 63]])
