@@ -80,7 +80,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: bytes) -> Any:
-    """JSON in UTF-8, with or without a byte order mark. ValueError for all else, and for a key there twice."""
+    """JSON in UTF-8, with or without a byte order mark. ValueError for all else, or a key there twice."""
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except RecursionError:
