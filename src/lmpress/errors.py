@@ -1,4 +1,13 @@
-"""The two ways in which lmpress says no."""
+"""The two ways in which lmpress says no, and what the machine's refusals become of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class LmpressError(Exception):
@@ -11,3 +20,80 @@ class RequestError(LmpressError):
     """The request was wrong (a bad recipe, a missing file, a full directory). Exit code 2."""
 
     exit_code = 2
+
+
+FULL = {"ENOSPC": "no space left on device", "EDQUOT": "disk quota exceeded"}
+"""What making room helps against."""
+
+BAD_PLACE = {"EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "ELOOP"}
+"""What another place helps against."""
+
+FROM_RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers tell what the system said."""
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """What the system refused, as an OSError with its number; None where `error` is of another kind.
+
+    Libraries that are written in Rust tell of it in the words of an exception of their own.
+    """
+    if isinstance(error, OSError):
+        return error if error.errno is not None and not isinstance(error, ConnectionError) else None
+    found = FROM_RUST.search(str(error))
+    return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])))
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """System errors inside are about `path`: those of a write name no file, those of a copy the other one."""
+    try:
+        yield
+    except Exception as error:
+        refused = system_error(error)
+        if refused is None:
+            raise
+        raise OSError(refused.errno, refused.strerror, str(path)) from error
+
+
+@contextmanager
+def writing(place: str | Path, again: str) -> Iterator[None]:
+    """System errors inside become one line about the place that the user named.
+
+    Args:
+        place: what is written, in the user's words.
+        again: what to do when the trouble is mended, such as "go on with --resume".
+
+    Raises:
+        RequestError: nothing can be written at such a place.
+        LmpressError: the disk is full, or broken.
+    """
+    try:
+        yield
+    except LmpressError:
+        raise
+    except Exception as error:
+        refused = system_error(error)
+        if refused is None:
+            raise
+        raise _told(refused, Path(place), again) from error
+
+
+def _told(error: OSError, place: Path, again: str) -> LmpressError:
+    path = place if error.filename is None else Path(os.fsdecode(error.filename))
+    ours = _related(path, place)
+    where = place if ours else path
+    name = errno.errorcode.get(error.errno or 0, "")
+    if name in FULL:
+        return LmpressError(f"{where}: {FULL[name]}; make room, and {again}")
+    reason = (error.strerror or str(error)).lower()
+    at = f" (at {path})" if ours and path != place else ""
+    if name in BAD_PLACE:
+        what = "name another place, or mend this one" if ours else "mend that, or name another"
+        return RequestError(f"{where}: {reason}{at}; {what}")
+    return LmpressError(f"{where}: {reason}{at}; mend that, and {again}")
+
+
+def _related(path: Path, place: Path) -> bool:
+    """Whether `path` is `place`, in it, or on the way to it."""
+    one, other = Path(os.path.abspath(path)), Path(os.path.abspath(place))
+    return one.is_relative_to(other) or other.is_relative_to(one)

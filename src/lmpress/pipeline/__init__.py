@@ -1,6 +1,6 @@
 """Recipe + model -> plan; the block stream; the journal that survives a crash."""
 
-from lmpress.pipeline.assemble import assemble, discard, written_files
+from lmpress.pipeline.assemble import assemble, discard, staged_files, written_files
 from lmpress.pipeline.calibration import (
     CALIBRATION,
     CalibrationText,
@@ -10,7 +10,7 @@ from lmpress.pipeline.calibration import (
     small_ids,
 )
 from lmpress.pipeline.journal import WORK, Journal
-from lmpress.pipeline.output import finish_publication
+from lmpress.pipeline.output import at_work, finish_publication
 from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.prediction import ModulePlan
 from lmpress.pipeline.run import Run, sizes
@@ -34,6 +34,7 @@ __all__ = [
     "RunOptions",
     "SafetensorsSource",
     "assemble",
+    "at_work",
     "calibration_text",
     "check_calibration",
     "discard",
@@ -43,5 +44,6 @@ __all__ = [
     "open_source",
     "sizes",
     "small_ids",
+    "staged_files",
     "written_files",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lmpress.checkpoint import sha256_file, sync_directory
+from lmpress.errors import naming
 
 WORK = ".lmpress-work"
 """The directory inside the output that holds what is not finished."""
@@ -40,8 +41,8 @@ class Journal:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Record that something is finished; what it speaks of has to be on the disk by now."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
         sync_directory(self.directory)

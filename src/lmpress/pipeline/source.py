@@ -15,25 +15,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from lmpress.checkpoint import copy_file, read_header, read_json, shard_paths, write_bytes
+from lmpress.checkpoint import read_header, read_json, shard_paths, write_bytes
 from lmpress.corpora.demo_model import demo_gguf
 from lmpress.errors import RequestError
 from lmpress.families import Layout, layout_of, skeleton
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""What is copied beside the weights: text that a tokenizer or a generation reads, and no code."""
-
+from lmpress.pipeline.companions import TERMS, copy_companions
 
 GGUF_NAMES = {"gemma3_text": "gemma3", "mistral": "llama"}
 """What llama.cpp calls an architecture, where transformers calls it otherwise; it decides how tensors are
@@ -211,9 +197,7 @@ class SafetensorsSource(ModelSource):
         return _tokenizer(self.directory, None, self.name)
 
     def copy_tokenizer(self, directory: Path) -> None:
-        for name in TOKENIZER_FILES:
-            if (self.directory / name).is_file():
-                copy_file(self.directory / name, directory / name)
+        copy_companions(self.directory, directory)
 
 
 class GgufSource(ModelSource):
@@ -308,7 +292,10 @@ def _from_hub(name: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+            snapshot_download(
+                name,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *TERMS],
+            )
         )
     except Exception as error:  # the hub's client raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
