@@ -31,6 +31,9 @@ BAD_PLACE = {"EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMP
 FROM_RUST = re.compile(r"\(os error (\d+)\)")
 """How safetensors and tokenizers tell what the system said."""
 
+NO_MEMORY = ("CUDA out of memory", "can't allocate memory", "not enough memory")
+"""How torch tells that memory is full."""
+
 
 def system_error(error: BaseException) -> OSError | None:
     """What the system refused, as an OSError with its number; None where `error` is of another kind.
@@ -75,25 +78,40 @@ def writing(place: str | Path, again: str) -> Iterator[None]:
         refused = system_error(error)
         if refused is None:
             raise
-        raise _told(refused, Path(place), again) from error
+        raise refusal(refused, again, Path(place)) from error
 
 
-def _told(error: OSError, place: Path, again: str) -> LmpressError:
-    path = place if error.filename is None else Path(os.fsdecode(error.filename))
-    ours = _related(path, place)
+def refusal(error: OSError, again: str, place: Path | None = None) -> LmpressError:
+    """What the system refused, in one line.
+
+    Args:
+        again: what to do when the trouble is mended.
+        place: what was being written, in the user's words; None for nothing.
+    """
+    path = None if error.filename is None else Path(os.fsdecode(error.filename))
+    ours = place is not None and (path is None or _related(path, place))
     where = place if ours else path
+    of = "" if where is None else f"{where}: "
     name = errno.errorcode.get(error.errno or 0, "")
     if name in FULL:
-        return LmpressError(f"{where}: {FULL[name]}; make room, and {again}")
+        return LmpressError(f"{of}{FULL[name]}; make room, and {again}")
     reason = (error.strerror or str(error)).lower()
-    at = f" (at {path})" if ours and path != place else ""
+    at = f" (at {path})" if ours and path not in (None, place) else ""
     if name in BAD_PLACE:
-        what = "name another place, or mend this one" if ours else "mend that, or name another"
-        return RequestError(f"{where}: {reason}{at}; {what}")
-    return LmpressError(f"{where}: {reason}{at}; mend that, and {again}")
+        return RequestError(f"{of}{reason}{at}; mend that, or name another place")
+    return LmpressError(f"{of}{reason}{at}; mend that, and {again}")
+
+
+def out_of_memory(error: Exception) -> LmpressError | None:
+    """That the memory is full, in one line; None where `error` is of another kind."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return LmpressError(
+            "out of memory; let other programs go, or take shorter windows or a smaller --memory"
+        )
+    return None
 
 
 def _related(path: Path, place: Path) -> bool:
     """Whether `path` is `place`, in it, or on the way to it."""
-    one, other = Path(os.path.abspath(path)), Path(os.path.abspath(place))
+    one, other = Path(os.path.abspath(path)), Path(os.path.abspath(place.expanduser()))
     return one.is_relative_to(other) or other.is_relative_to(one)

@@ -15,7 +15,7 @@ from lmpress.api.measuring import evaluate_many
 from lmpress.checkpoint import read_json, write_bytes, write_json
 from lmpress.corpora import check_corpus
 from lmpress.errors import RequestError, writing
-from lmpress.evaluation import Evaluation, nominal_compression, sr_from_perplexity, srcr, tcr
+from lmpress.evaluation import Evaluation, nominal_compression, srcr, tcr
 from lmpress.pipeline import RunOptions
 from lmpress.recipes import Recipe, load_recipe
 from lmpress.report import comparison_plot
@@ -51,11 +51,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """The evaluation with the retention figures and what the compression took."""
         told = self.evaluation.to_json() | {"name": self.name, "reference": None}
-        reference = self.evaluation.reference
-        retention = None
-        if reference is not None:
-            own, dense = self.evaluation.texts[0].score.perplexity, reference.texts[0].score.perplexity
-            retention = sr_from_perplexity(own, dense)
+        retention = told["sr_perplexity"]
         return told | {
             "sparsity": self.sparsity,
             "bits": self.bits,
@@ -186,7 +182,7 @@ def _flat(told: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the CSV: scalars as they are, a column a text, the speeds spelled out."""
     flat = {k: v for k, v in told.items() if not isinstance(v, dict | list) and k != "reference"}
     for text in told["texts"]:
-        for key in ("perplexity", "kl", "top1_agreement", "tokens"):
+        for key in ("perplexity", "kl", "top1_agreement", "tokens", "not_finite"):
             flat[f"{key} ({text['corpus']})"] = text[key]
     speeds = told["throughput"] or {}
     for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio"):

@@ -61,11 +61,18 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def json_text(data: Any, indent: int = 1) -> str:
-    """JSON, indented: null for what is not finite, and escapes for what no UTF-8 has (broken file names)."""
+def json_text(data: Any, indent: int = 1, encoding: str = "utf-8") -> str:
+    """JSON, indented: null for what is not finite, and escapes where an `encoding` lacks a character.
+
+    UTF-8 lacks what stands for the bytes of a file name that is none.
+    """
     plain = _plain(data)
     text = json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False)
-    return text if _is_utf8(text) else json.dumps(plain, indent=indent, allow_nan=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(plain, indent=indent, allow_nan=False)
+    return text
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -157,14 +164,6 @@ def shard_paths(directory: Path) -> list[Path]:
             f"{directory} holds pickled weights, which lmpress does not open; convert them to safetensors"
         )
     raise RequestError(f"{directory} has no weights: no {SINGLE} and no {INDEX}")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as of a file name that is no UTF-8
-        return False
-    return True
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from lmpress.pipeline.plan import Plan, make_plan
 from lmpress.pipeline.prediction import ModulePlan
 from lmpress.pipeline.run import Run, sizes
 from lmpress.pipeline.setting import RunOptions
-from lmpress.pipeline.source import GgufSource, ModelSource, SafetensorsSource, open_source
+from lmpress.pipeline.source import GgufSource, ModelSource, SafetensorsSource, open_source, read_tokenizer
 from lmpress.pipeline.stream import BlockStream
 from lmpress.pipeline.walk import Gathered
 
@@ -42,6 +42,7 @@ __all__ = [
     "load_dense",
     "make_plan",
     "open_source",
+    "read_tokenizer",
     "sizes",
     "small_ids",
     "staged_files",

@@ -141,7 +141,8 @@ def discard(directory: Path) -> None:
 
 def _config(source: ModelSource, plan: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the source's config says, and the plan. Code of the model's own is not named: none goes along."""
-    config = _stated(source) | json.loads(source.config.to_json_string(use_diff=True))
+    config: dict[str, Any] = _stated(source)
+    config |= json.loads(source.config.to_json_string(use_diff=True))
     for key in ("_name_or_path", "torch_dtype", "quantization_config", *REMOTE_CODE):
         config.pop(key, None)
     config["architectures"] = [type(source.skeleton).__name__]
@@ -153,5 +154,5 @@ def _config(source: ModelSource, plan: dict[str, dict[str, Any]]) -> dict[str, A
 def _stated(source: ModelSource) -> dict[str, Any]:
     """The keys of the source's own config.json, defaults included: other tools have other defaults."""
     directory, gguf = source.location
-    stated: dict[str, Any] = {} if gguf else read_json(directory / "config.json")
-    return stated if stated.get("model_type") == source.config.model_type else {}
+    stated = {} if gguf else read_json(directory / "config.json")
+    return dict(stated) if stated.get("model_type") == source.config.model_type else {}

@@ -194,7 +194,7 @@ class SafetensorsSource(ModelSource):
         return self.directory, None
 
     def tokenizer(self) -> Any:
-        return _tokenizer(self.directory, None, self.name)
+        return read_tokenizer(self.directory, name=self.name)
 
     def copy_tokenizer(self, directory: Path) -> None:
         copy_companions(self.directory, directory)
@@ -254,7 +254,7 @@ class GgufSource(ModelSource):
         return self.path.parent, self.path.name
 
     def tokenizer(self) -> Any:
-        return _tokenizer(self.path.parent, self.path.name, self.name)
+        return read_tokenizer(self.path.parent, self.path.name, self.name)
 
     def copy_tokenizer(self, directory: Path) -> None:
         self.tokenizer().save_pretrained(directory)
@@ -323,12 +323,13 @@ def _config(directory: Path, gguf: str | None) -> Any:
     return config
 
 
-def _tokenizer(directory: Path, gguf: str | None, name: str) -> Any:
+def read_tokenizer(directory: Path, gguf: str | None = None, name: str | None = None) -> Any:
+    """The tokenizer of a model directory, or of a GGUF file in it. RequestError where there is none."""
     extra = {} if gguf is None else {"gguf_file": gguf}
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **extra)
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise RequestError(
-            f"{name} has no tokenizer that transformers reads: {lines[0] if lines else error!r}"
+            f"{name or directory} has no tokenizer that transformers reads: {lines[0] if lines else error!r}"
         ) from None
