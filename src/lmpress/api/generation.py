@@ -75,7 +75,7 @@ def _likeliest(model: Any, ids: Tensor, steps: int, ends: Set[int]) -> list[int]
         if not bool(torch.isfinite(value)):
             raise LmpressError(
                 f"the model's logits are not finite after {len(new)} new tokens, so that no token is the "
-                "likeliest: try --dtype float32, or compress it again"
+                "likeliest: try --dtype float32; if that is no help, a weight is broken"
             )
         cache, ids = output.past_key_values, token.view(1, 1)
         new.append(int(token))

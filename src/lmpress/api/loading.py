@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lmpress.checkpoint import (
     checked_resident,
@@ -69,7 +69,8 @@ def load_any(model: str | Path, dtype: str = "auto", device: str = "auto") -> tu
     path = Path(model).expanduser()
     chosen, asked = device_of(device), _dtype(dtype)
     if path.is_dir() and is_compressed(path):
-        loaded = load(path, dtype=asked or "auto").to(chosen)
+        plain = GenerationConfig()  # as a dense model below has it; what a file says may not even be valid
+        loaded = load(path, dtype=asked or "auto", generation_config=plain).to(chosen)
         use_sparse_cores(loaded)
         return loaded, read_tokenizer(path), path
     source = open_source(model)

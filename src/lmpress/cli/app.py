@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import NoReturn
 
 import typer
 
 from lmpress.cli import compare, compress, demo, evaluate, generate, inspect, recipes
-from lmpress.cli.interruption import interruptible
+from lmpress.cli.interruption import Interruption, interruptible
 from lmpress.cli.output import UnprintedError, close_stdout, fail, open_streams, print_text
 from lmpress.errors import LmpressError, out_of_memory, refusal, system_error
 from lmpress.version import __version__
@@ -78,18 +79,24 @@ def main() -> None:
             if code == INTERRUPTED:  # typer turns Ctrl-C into an exit of its own
                 raise KeyboardInterrupt
         except (KeyboardInterrupt, typer.Abort):
-            again = AGAIN.get(_State.verb)
-            told = f"{interruption.told}; {again}" if again else interruption.told
-            fail(told, interruption.exit_code, json_mode)
+            _interrupted(interruption, json_mode)
         except BrokenPipeError:  # whoever reads has enough
             close_stdout()
             sys.exit(1)
         except UnprintedError as error:
             fail(str(error), error.exit_code, json_mode=False)
         except Exception as error:
+            if interruption.came:  # something on the way took it for a failure of its own
+                _interrupted(interruption, json_mode)
             if _State.traceback and not _is_usage(error):
                 raise
             fail(*_told(error), json_mode)
+
+
+def _interrupted(interruption: Interruption, json_mode: bool) -> NoReturn:
+    again = AGAIN.get(_State.verb)
+    told = f"{interruption.told}; {again}" if again else interruption.told
+    fail(told, interruption.exit_code, json_mode)
 
 
 def _is_usage(error: Exception) -> bool:
