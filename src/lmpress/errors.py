@@ -41,7 +41,8 @@ def system_error(error: BaseException) -> OSError | None:
     Libraries that are written in Rust tell of it in the words of an exception of their own.
     """
     if isinstance(error, OSError):
-        return error if error.errno is not None and not isinstance(error, ConnectionError) else None
+        of_network = isinstance(error, ConnectionError) or (error.errno or 0) <= 0  # as of names not found
+        return None if of_network else error
     found = FROM_RUST.search(str(error))
     return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])))
 

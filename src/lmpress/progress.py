@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
 from typing import TypeVar
 
 from rich.console import Console
@@ -43,15 +44,16 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 def _told(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
     """Yield `items`; a line at the start, and one a minute."""
     of = "" if total is None else f"/{total}"
-    console.print(f"{description} (0{of})", soft_wrap=True)
+    note(f"{description} (0{of})")
     last = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         if time.monotonic() - last >= MINUTE:
             last = time.monotonic()
-            console.print(f"{description} ({done}{of})", soft_wrap=True)
+            note(f"{description} ({done}{of})")
 
 
 def note(message: str) -> None:
-    """One line for the person who watches, on standard error."""
-    console.print(" ".join(message.split()), soft_wrap=True)
+    """One line for the person who watches, on standard error; if that is full, the work goes on unwatched."""
+    with suppress(OSError):
+        console.print(" ".join(message.split()), soft_wrap=True)
