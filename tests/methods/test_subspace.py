@@ -60,3 +60,12 @@ def test_balancing_keeps_the_product() -> None:
     assert float(a.square().mean() / b.square().mean()) == pytest.approx(1)
     zero, nothing = balanced(left, torch.zeros_like(right))
     assert not (zero @ nothing).any()
+
+
+def test_balancing_leaves_components_of_no_size_alone() -> None:
+    left, right, _ = project_exactly(torch.randn(12, 9, dtype=torch.float64), None, 5)
+    right[3] = 0
+    right[4] *= 1e-40
+    a, b = balanced(left, right)
+    assert bool(torch.isfinite(a).all() & torch.isfinite(b).all())
+    torch.testing.assert_close(a @ b, left @ right)
