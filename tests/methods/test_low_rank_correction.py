@@ -113,3 +113,15 @@ def test_the_damping_that_it_took_is_told(bits: int | None, monkeypatch: pytest.
     assert mended == pytest.approx(0.02 + 1e-6)
     none = CorrectionOptions(rank=2, metric="none")
     assert low_rank_correction(weight, rounded(weight), None, none).report["damping"] == 0
+
+
+@pytest.mark.parametrize("metric", ["hessian", "none"])
+def test_errors_are_of_the_output_where_the_hessian_is_known(metric: str) -> None:
+    weight, x, statistics = layer(12, 16)
+    form, options = rounded(weight), CorrectionOptions(rank=2, metric=metric)
+    result = low_rank_correction(weight, form, statistics, options)
+    for name, made in (("error_before", form), ("error_after", result.form)):
+        assert result.report[name] == pytest.approx(output_error(weight, made.dense(), x), rel=1e-3)
+    plain = low_rank_correction(weight, form, None, CorrectionOptions(rank=2, metric="none")).report
+    strayed = (weight - form.dense()).square().sum() / weight.square().sum()
+    assert plain["error_before"] == pytest.approx(float(strayed), rel=1e-4)
