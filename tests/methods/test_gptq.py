@@ -225,7 +225,7 @@ def test_bad_requests() -> None:
         GptqOptions(order="activation", granularity="group:64", static_groups=False)
     with pytest.raises(ValueError, match="divide"):
         gptq(weight, statistics, GptqOptions(granularity="group:5"))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="not fit a weight"):
         gptq(weight[:, :8], statistics, GptqOptions())
     with pytest.raises(ValueError, match="Hessian"):
         gptq(weight, InputStatistics(1, torch.zeros(16), torch.ones(16), None, None), GptqOptions())

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import lmpress
-from lmpress.source import open_source
-from lmpress.stream.text import load_dense
+from lmpress.source import load_dense, open_source
 
 SIZE = {"samples": 8, "seq_len": 32, "precision": "float32"}
 

@@ -9,16 +9,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lmpress.checkpoint import (
+    check_bounds,
     checked_resident,
     is_compressed,
-    shard_paths,
     use_sparse_cores,
     verify_checkpoint,
 )
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms.base import float_dtype
-from lmpress.source import open_source
-from lmpress.stream.text import load_dense
+from lmpress.source import load_dense, open_source
 
 
 def load(directory: str | Path, *, verify: bool = True, resident: str | None = None, **options: Any) -> Any:
@@ -45,12 +44,14 @@ def load(directory: str | Path, *, verify: bool = True, resident: str | None = N
     if compressed:
         verify_checkpoint(path, full=verify)
     else:
-        shard_paths(path)
+        check_bounds(path)
     try:
         if compressed and resident is not None:
             return _load_resident(path, resident, options)
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except LmpressError:
+        raise
+    except Exception as error:  # transformers raises whatever the files made it raise
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise LmpressError(f"{path} does not load: {lines[0] if lines else error!r}") from error
 

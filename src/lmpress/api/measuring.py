@@ -6,10 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from lmpress.api.loading import load_any
-from lmpress.checkpoint import MANIFEST, is_compressed, model_card, read_json, verify_checkpoint, write_bytes
+from lmpress.checkpoint import (
+    is_compressed,
+    model_card,
+    read_manifest,
+    read_tensors,
+    sha256_file,
+    verify_checkpoint,
+    write_bytes,
+)
 from lmpress.corpora import Corpus, check_corpus, evaluation_split, evaluation_windows, load_corpus
 from lmpress.errors import RequestError
 from lmpress.evaluation import (
@@ -149,14 +155,18 @@ def _evaluation_text(
 
 
 def _refuse_seen(checkpoint: Path, corpora: Sequence[Corpus], texts: Sequence[EvaluationText]) -> None:
-    record = read_json(checkpoint / MANIFEST).get("calibration") or []
+    manifest = read_manifest(checkpoint)
+    record = manifest["calibration"]
     if not record:
         return
     if not (checkpoint / CALIBRATION).is_file():
         raise RequestError(
             f"{checkpoint / CALIBRATION} is missing: without it, text that was seen cannot be refused"
         )
-    ids = load_file(checkpoint / CALIBRATION)
+    ids = read_tensors(checkpoint / CALIBRATION)
+    known = manifest["files"].get(CALIBRATION)
+    if known is not None and sha256_file(checkpoint / CALIBRATION) != known["sha256"]:
+        raise RequestError(f"{checkpoint / CALIBRATION} is not what was written: fetch it again")
     keys = {str(entry["name"]): _ids_key(str(entry["name"])) for entry in record}
     seen = {name: ids[key].long() for name, key in keys.items() if key in ids}
     spread = [entry | {"sha256": sha} for entry in record for sha in str(entry.get("sha256")).split(", ")]
@@ -204,5 +214,5 @@ def check_card(directory: Path) -> None:
 def write_card(directory: Path, evaluation: Mapping[str, Any]) -> None:
     """Write what was measured into a checkpoint's model card."""
     check_card(directory)
-    card = model_card(read_json(directory / MANIFEST), evaluation)
+    card = model_card(read_manifest(directory), evaluation)
     write_bytes(directory / "README.md", card.encode())

@@ -59,7 +59,7 @@ def hold_resident(model: nn.Module, names: Iterable[str], coded: bool = False) -
         coded: leave modules with entropy-coded parts as they are: each call then decodes them anew.
 
     Raises:
-        LmpressError: names the module whose entropy-coded weights are damaged.
+        LmpressError: names the module whose weights are damaged.
     """
     holders = {name: cast(FormHolder, model.get_submodule(name)) for name in names}
     forms = {name: holder.form for name, holder in holders.items()}
@@ -72,6 +72,10 @@ def hold_resident(model: nn.Module, names: Iterable[str], coded: bool = False) -
     resident = {id(leaf): codes for (leaf, _), codes in zip(every, decoded, strict=True)}
     for name, holder in holders.items():
         form = forms[name]
+        try:
+            form.check()
+        except ValueError as damage:
+            raise LmpressError(f"{name}: {damage}; fetch the checkpoint again") from damage
         if leaves[name]:
             if coded:
                 continue

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
+import torch
+
+from lmpress.checkpoint.bounds import dense_model
 from lmpress.checkpoint.files import MANIFEST, read_header, read_json, sha256_file, shard_paths
+from lmpress.checkpoint.fit import check_fit
+from lmpress.checkpoint.manifest import read_manifest
 from lmpress.checkpoint.plugin import METHOD
 from lmpress.errors import RequestError
 from lmpress.forms import Form, form_from_description
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int16: "I16",
+}
+"""What safetensors calls the types that forms store."""
 
 
 def is_compressed(directory: Path) -> bool:
@@ -24,13 +42,24 @@ def is_compressed(directory: Path) -> bool:
 def plan_of(directory: Path) -> dict[str, Form]:
     """The empty forms (meta device) of a checkpoint, by module. RequestError where the plan is broken."""
     config = read_json(directory / "config.json")
-    plan = config.get("quantization_config", {}).get("plan", {})
-    forms: dict[str, Form] = {}
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    plan = quantization.get("plan", {}) if isinstance(quantization, dict) else {}
     try:
-        for name, description in plan.items():
-            forms[name] = form_from_description(description)
-    except (ValueError, TypeError, AttributeError) as error:
+        return forms_of_plan(plan)
+    except ValueError as error:
         raise RequestError(f"{directory / 'config.json'}: the plan is broken: {error}") from None
+
+
+def forms_of_plan(plan: Any) -> dict[str, Form]:
+    """The empty forms (meta device) of a plan, by module. ValueError names the one that is broken."""
+    if not isinstance(plan, Mapping):
+        raise ValueError(f"a plan is an object, not {short(plan)}")
+    forms: dict[str, Form] = {}
+    for name, description in plan.items():
+        try:
+            forms[name] = form_from_description(description)
+        except ValueError as error:
+            raise ValueError(f"{short(name)}: {error}") from None
     return forms
 
 
@@ -38,16 +67,6 @@ def stored_names(form: Form) -> dict[str, str]:
     """How the tensors of a form are called under their module: the first one is `weight`."""
     names = list(form.tensors())
     return {name: "weight" if i == 0 else name for i, name in enumerate(names)}
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. RequestError where it is missing or lacks a part."""
-    manifest = read_json(directory / MANIFEST)
-    parts = {"files": dict, "modules": dict, "sizes": dict, "recipe": dict, "calibration": list}
-    for key, kind in parts.items():
-        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
-            raise RequestError(f"{directory / MANIFEST} is no manifest that lmpress wrote (it lacks {key!r})")
-    return dict(manifest)
 
 
 def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
@@ -61,7 +80,8 @@ def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        RequestError: a missing, truncated or changed file; a tensor that the plan does not expect.
+        RequestError: a missing, truncated or changed file; a config of which there is no model; a plan that
+            does not fit it, or a tensor that the plan does not expect.
     """
     shards = shard_paths(directory)
     headers = {shard.name: read_header(shard) for shard in shards}
@@ -69,7 +89,7 @@ def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
     files = manifest["files"]
     for shard in shards:
         known = files.get(shard.name)
-        if not isinstance(known, dict) or not {"bytes", "sha256"} <= known.keys():
+        if known is None:
             raise RequestError(
                 f"{directory / MANIFEST} does not know {shard.name}: the checkpoint was changed"
             )
@@ -80,7 +100,7 @@ def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
         if full and sha256_file(shard) != known["sha256"]:
             raise RequestError(f"{shard} is not what was written (its sha256 differs); fetch it again")
     version = read_json(directory / "config.json")["quantization_config"].get("version")
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool):
         raise RequestError(f"{directory / 'config.json'}: a format version is a number, not {version!r}")
     _check_plan(directory, {k: v for header in headers.values() for k, v in header.items()})
     return manifest
@@ -88,6 +108,10 @@ def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
 
 def _check_plan(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
     forms = plan_of(directory)
+    try:
+        check_fit(dense_model(directory), forms)
+    except ValueError as error:
+        raise RequestError(f"{directory / 'config.json'}: the plan is broken: {error}") from None
     for name, header in tensors.items():
         module = name.rpartition(".")[0]
         if module not in forms and header["dtype"] not in ("F64", "F32", "F16", "BF16"):
@@ -98,8 +122,9 @@ def _check_plan(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
             entry = tensors.get(f"{module}.{stored}")
             if entry is None:
                 raise RequestError(f"{directory} lacks the tensor {module}.{stored}, which its plan names")
-            if tuple(entry["shape"]) != tuple(expected[name].shape):
+            found = entry["dtype"], tuple(entry["shape"])
+            if found != (DTYPES[expected[name].dtype], tuple(expected[name].shape)):
                 raise RequestError(
-                    f"{directory}: {module}.{stored} has shape {tuple(entry['shape'])}, and its plan says "
-                    f"{tuple(expected[name].shape)}"
+                    f"{directory}: {module}.{stored} is {found[0]} of shape {found[1]}, and its plan says "
+                    f"{DTYPES[expected[name].dtype]} of shape {tuple(expected[name].shape)}"
                 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,12 @@ from torch import Tensor
 
 FORMS: dict[str, type[Form]] = {}
 """Every form by the name that its description carries."""
+
+MOST_NESTED = 32
+"""Levels of objects and lists in a description."""
+
+MOST_ENTRIES = 1 << 48
+"""Of a matrix; a side has at most 2^31 - 1."""
 
 
 Run = Callable[["Form", Tensor], Tensor]
@@ -79,6 +87,34 @@ class Form(ABC):
     @abstractmethod
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Form:
         """The same expression over other tensors (moved, loaded or trained), by the names of `tensors()`."""
+
+    def loaded(self, tensors: Mapping[str, Tensor]) -> Form:
+        """`with_tensors` for tensors that come from a file.
+
+        Raises:
+            ValueError: one is missing, has another shape or dtype than this form's, or see `check`.
+        """
+        for name, expected in self.tensors().items():
+            found = tensors.get(name)
+            if found is None:
+                raise ValueError(f"the tensor {name!r} of {self!r} is missing")
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                raise ValueError(
+                    f"the tensor {name!r} of {self!r} is {dtype_name(found.dtype)} {tuple(found.shape)} "
+                    f"instead of {dtype_name(expected.dtype)} {tuple(expected.shape)}"
+                )
+        form = self.with_tensors(tensors)
+        form.check()
+        return form
+
+    def check(self) -> None:
+        """Look at the values of the tensors once, so that nothing that reads them later has to.
+
+        Raises:
+            ValueError: they contradict each other, as a bitmap with more entries than there are values.
+        """
+        for part in self.parts():
+            part.form.check()
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -183,27 +219,64 @@ def dense_leaf_names(form: Form) -> set[str]:
 
 
 def form_from_description(description: Mapping[str, Any]) -> Form:
-    """The empty form (meta device) that `description` tells of; ValueError where it tells of none."""
+    """The empty form (meta device) that `description` tells of; ValueError where it tells of none.
+
+    Whatever JSON it is: nothing that a description says of sizes is allocated.
+    """
     if not isinstance(description, Mapping):
-        raise ValueError(f"a description of a form is an object, not {description!r}")
+        raise ValueError(f"a description of a form is an object, not {short(description)}")
+    _check_nesting(description)
     kind = description.get("form")
     if not isinstance(kind, str) or kind not in FORMS:
-        raise ValueError(f"unknown form {kind!r}; known forms: {', '.join(sorted(FORMS))}")
+        raise ValueError(f"unknown form {short(kind)}; known forms: {', '.join(sorted(FORMS))}")
     try:
-        return FORMS[kind].from_description(description)
+        form, shape = FORMS[kind].from_description(description), shape_of(description)
     except KeyError as missing:
         raise ValueError(f"the description of a {kind} form lacks {missing}") from missing
     except TypeError as wrong:
         raise ValueError(f"the description of a {kind} form is broken: {wrong}") from wrong
+    if form.shape != shape:
+        raise ValueError(f"a {kind} form of shape {form.shape} is described as one of {shape}")
+    return form
 
 
-def shape_of(description: Mapping[str, Any]) -> tuple[int, int]:
-    """The checked `shape` of a description."""
-    shape = description["shape"]
-    whole = isinstance(shape, list | tuple) and all(isinstance(size, int) and size >= 0 for size in shape)
-    if not whole or len(shape) != 2:
-        raise ValueError(f"a shape is two whole numbers, not {shape!r}")
+def _check_nesting(description: Mapping[str, Any]) -> None:
+    level: list[Any] = [description]
+    for _ in range(MOST_NESTED):
+        inside = [v.values() if isinstance(v, Mapping) else v for v in level if isinstance(v, Mapping | list)]
+        level = [part for parts in inside for part in parts]
+    if level:
+        raise ValueError(f"a description has at most {MOST_NESTED} levels")
+
+
+def shape_of(description: Mapping[str, Any], key: str = "shape") -> tuple[int, int]:
+    """The two sizes under a key of a description. ValueError where no matrix has them."""
+    shape = description[key]
+    if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(_is_size(size) for size in shape):
+        raise ValueError(f"a {key} is two whole numbers, not {short(shape)}")
+    if math.prod(shape) > MOST_ENTRIES:
+        raise ValueError(f"no matrix has {shape[0]} x {shape[1]} entries")
     return shape[0], shape[1]
+
+
+def whole(description: Mapping[str, Any], key: str, most: int = MOST_ENTRIES) -> int:
+    """The whole number under a key of a description, 0 to `most`."""
+    value = description[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{key} is a whole number up to {most}, not {short(value)}")
+    return value
+
+
+def flag(description: Mapping[str, Any], key: str) -> bool:
+    """What is true or false under a key of a description."""
+    value = description[key]
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} is true or false, not {short(value)}")
+    return value
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -216,8 +289,8 @@ FLOAT_DTYPES = {dtype_name(d): d for d in (torch.float16, torch.bfloat16, torch.
 
 def float_dtype(name: str) -> torch.dtype:
     """`float16` -> `torch.float16`; ValueError for what is no floating-point type."""
-    if name not in FLOAT_DTYPES:
-        raise ValueError(f"{name!r} is no floating-point type; known: {', '.join(FLOAT_DTYPES)}")
+    if not isinstance(name, str) or name not in FLOAT_DTYPES:
+        raise ValueError(f"{short(name)} is no floating-point type; known: {', '.join(FLOAT_DTYPES)}")
     return FLOAT_DTYPES[name]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmpress.forms.base import Form, Run, shape_of
+from lmpress.forms.base import Form, Run, shape_of, whole
 from lmpress.forms.scaled_codes import (
     ScaledCodes,
     check_scales,
@@ -172,11 +172,11 @@ class EntropyCoded(Form):
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> EntropyCoded:
         rows, columns = shape = shape_of(description)
-        per_chunk, itemsize = int(description["rows_per_chunk"]), int(description["code_bytes"])
+        per_chunk, itemsize = whole(description, "rows_per_chunk"), whole(description, "code_bytes")
         count = -(-rows // max(1, per_chunk)) if columns else 0
-        payload = torch.empty(int(description["payload_bytes"]), dtype=torch.uint8, device="meta")
+        payload = torch.empty(whole(description, "payload_bytes"), dtype=torch.uint8, device="meta")
         chunks = torch.empty(count, 3, dtype=torch.int32, device="meta")
-        model = torch.empty(int(description["model_bytes"]), dtype=torch.uint8, device="meta")
+        model = torch.empty(whole(description, "model_bytes"), dtype=torch.uint8, device="meta")
         return cls(payload, chunks, model, *empty_scales(shape, description), shape, per_chunk, itemsize)
 
     @property

@@ -119,6 +119,12 @@ class Pivoted(Form):
         rows = basis.shape[0] + coefficients.shape[0]
         return cls(basis, coefficients, torch.empty(1, -(-rows // 8), dtype=torch.uint8, device="meta"))
 
+    def check(self) -> None:
+        pivots = int(self.pivots().sum())
+        if pivots != self.rank:
+            raise ValueError(f"an index names {pivots} pivot rows instead of {self.rank}: it is damaged")
+        super().check()
+
     @property
     def formula(self) -> str:
         return f"Pivoted({self.basis.formula}, {self.coefficients.formula}; r={self.rank})"

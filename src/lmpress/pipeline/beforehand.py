@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lmpress.checkpoint import sha256_file, write_tensors
 from lmpress.errors import LmpressError
+from lmpress.methods.damping import LinAlgError
 from lmpress.pipeline.block import rewrite_early
-from lmpress.pipeline.journal import Journal
+from lmpress.pipeline.journal import Journal, file_entry
 from lmpress.pipeline.setting import Setting
 from lmpress.plan import Plan
 from lmpress.progress import note
@@ -66,7 +67,7 @@ class Beforehand:
             text = calibration_text(options.calibration, source, *size, options.device)
         self._warn_of_few(text.windows.numel())
         write_tensors(path, {"input_ids": small_ids(text.windows)})
-        self.journal.append({"calibration": text.record})
+        self.journal.append({"calibration": text.record} | file_entry(path))
         return text
 
     def weights(self, text: CalibrationText | None) -> dict[str, Tensor]:
@@ -185,5 +186,5 @@ def _failing() -> Iterator[None]:
     """Say that it was the survey that failed."""
     try:
         yield
-    except (ValueError, torch.linalg.LinAlgError) as error:
+    except (ValueError, LinAlgError) as error:
         raise LmpressError(f"the survey of the blocks: {error}") from error

@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lmpress.checkpoint import sha256_file, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
+from lmpress.methods.damping import LinAlgError
 from lmpress.pipeline.assemble import assemble, discard, sizes
 from lmpress.pipeline.beforehand import Beforehand
 from lmpress.pipeline.block import BlockResult, BlockTask
 from lmpress.pipeline.heap import give_back_memory
-from lmpress.pipeline.journal import WORK, Journal
+from lmpress.pipeline.journal import WORK, Journal, file_entry
 from lmpress.pipeline.outer import rewrite_outer
 from lmpress.pipeline.output import (
     check_empty,
@@ -195,7 +195,7 @@ class Run:
                 try:
                     metric = allocation.table(name, self.source.layout)
                     rewritten = rewrite_outer(Dense(weight), name, self.plan, metric)
-                except (ValueError, torch.linalg.LinAlgError) as error:
+                except (ValueError, LinAlgError) as error:
                     raise LmpressError(f"{name}: {error}") from error
                 forms[name], report[name] = rewritten.form, rewritten.report
         stored = outer_tensors(self.source, forms, tensors, self.plan.dtype)
@@ -256,7 +256,7 @@ class Run:
         count = self.source.layout.num_blocks + 1
         path = self.staging / f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         write_tensors(path, stored)
-        entry |= {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        entry |= file_entry(path)
         self.journal.append(entry)
         return entry
 

@@ -155,7 +155,7 @@ def _filled(description: Mapping[str, Any], module: str, tensors: dict[str, Tens
     """The form of a description with its tensors, which are taken out of `tensors`."""
     empty = form_from_description(description)
     names = stored_names(empty)
-    return empty.with_tensors({key: tensors.pop(f"{module}.{stored}") for key, stored in names.items()})
+    return empty.loaded({key: tensors.pop(f"{module}.{stored}") for key, stored in names.items()})
 
 
 def running(form: Form) -> Form:
