@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import lmpress
 from lmpress.errors import RequestError
 from lmpress.source import open_source
-from lmpress.stream.text import calibration_text
+from lmpress.stream.text import CALIBRATION, borrowed_text, calibration_text
 from tests.tiny import save_tiny, tiny_text
 
 GPTQ = [{"quantize": {"bits": 4, "solver": "gptq"}}]
@@ -122,3 +122,21 @@ def test_a_model_without_a_tokenizer(family: str, text: str, text_file: Path, tm
     with pytest.raises(RequestError, match=r"tokenizer\.json") as refused:
         compressed(model, tmp_path / "out", text if text == "self" else str(text_file))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", "{}"])
+def test_a_damaged_checkpoint_lends_nothing(
+    manifest: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "lmpress.json").write_text(manifest)
+    (tmp_path / CALIBRATION).write_bytes(b"torn")
+    assert borrowed_text([tmp_path], open_source(tiny("llama")), 4, 32, 0) is None
+
+
+def test_a_damaged_text_is_not_lent(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    source = open_source(tiny("llama"))
+    record = {"name": "self", "samples": 4, "seq_len": 32, "seed": 0, "ids_sha256": "0"}
+    manifest = {"source": {"fingerprint": source.fingerprint}, "calibration": [record]}
+    (tmp_path / "lmpress.json").write_text(json.dumps(manifest))
+    (tmp_path / CALIBRATION).write_bytes(b"torn")
+    assert borrowed_text([tmp_path], source, 4, 32, 0) is None

@@ -1,8 +1,7 @@
-"""Surveys and texts that recipes share: used where they are whole, made anew where they are not."""
+"""Surveys that recipes share: used where they are whole, made anew where they are not."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lmpress.pipeline import CALIBRATION, Run, RunOptions, beforehand, open_source
+from lmpress.pipeline import Run, RunOptions, beforehand
 from lmpress.recipes import parse_recipe
-from lmpress.stream.text import borrowed_text
+from lmpress.source import open_source
 from lmpress.survey.kept import keep_survey, kept_survey
 
 
@@ -44,13 +43,13 @@ def test_recipes_of_other_bits_share_a_survey(
     tiny: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[int] = []
-    survey = beforehand.survey_budgets
+    survey = beforehand.look_backwards
 
     def counted(*given: Any) -> Any:
         looks.append(1)
         return survey(*given)
 
-    monkeypatch.setattr(beforehand, "survey_budgets", counted)
+    monkeypatch.setattr(beforehand, "look_backwards", counted)
 
     def shards(name: str, bits: float, surveys: Path | None) -> dict[str, bytes]:
         options = RunOptions(str(text_file), surveys=surveys)
@@ -68,21 +67,3 @@ def test_recipes_of_other_bits_share_a_survey(
         file.write_bytes(b"torn")
     assert second == shards("third", 4.0, shared)
     assert len(looks) == 3
-
-
-@pytest.mark.parametrize("manifest", ["{", "[]", "{}"])
-def test_a_damaged_checkpoint_lends_nothing(
-    manifest: str, tiny: Callable[[str], Path], tmp_path: Path
-) -> None:
-    (tmp_path / "lmpress.json").write_text(manifest)
-    (tmp_path / CALIBRATION).write_bytes(b"torn")
-    assert borrowed_text([tmp_path], open_source(tiny("llama")), 4, 32, 0) is None
-
-
-def test_a_damaged_text_is_not_lent(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    source = open_source(tiny("llama"))
-    record = {"name": "self", "samples": 4, "seq_len": 32, "seed": 0, "ids_sha256": "0"}
-    manifest = {"source": {"fingerprint": source.fingerprint}, "calibration": [record]}
-    (tmp_path / "lmpress.json").write_text(json.dumps(manifest))
-    (tmp_path / CALIBRATION).write_bytes(b"torn")
-    assert borrowed_text([tmp_path], source, 4, 32, 0) is None

@@ -155,16 +155,22 @@ def densify(model: Any, dtype: torch.dtype) -> None:
 
     layout = layout_of(model.config)
     plain = skeleton(model.config)
+    neurons = {
+        f"{layout.block_name(i)}.{linear}": layout.block(i).neurons.parts(linear)
+        for i in range(layout.num_blocks)
+        for linear in layout.block(i).linears
+    }
     for name, module in list(model.named_modules()):
         if not isinstance(module, FormHolder):
             continue
         stock = plain.get_submodule(name)
-        weight = _padded(module.form.dense(dtype), cast(Tensor, stock.weight).shape)
+        parts = neurons.get(name) or 1
+        weight = _padded(module.form.dense(dtype), cast(Tensor, stock.weight).shape, parts)
         replacement = stock  # its buffers are real, and its parameters come now
         replacement.weight = nn.Parameter(weight, requires_grad=False)
         bias = getattr(module, "bias", None)
         if bias is not None:
-            bias = _padded(bias.data.to(dtype), cast(Tensor, stock.bias).shape)
+            bias = _padded(bias.data.to(dtype), cast(Tensor, stock.bias).shape, parts)
             replacement.bias = nn.Parameter(bias, requires_grad=False)
         model.set_submodule(name, replacement)
     if layout.tied:
@@ -227,9 +233,11 @@ def _bias(old: nn.Linear, form: Form, given: Tensor | None) -> Tensor | None:
     return torch.empty(form.shape[0], dtype=old.bias.dtype, device="meta")
 
 
-def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
+def _padded(tensor: Tensor, shape: torch.Size, parts: int) -> Tensor:
+    """`tensor` with zeros behind it, behind each of the equal `parts` of its rows, up to `shape`."""
     if tensor.shape == shape:
         return tensor
     full = tensor.new_zeros(shape)
-    full[tuple(slice(0, n) for n in tensor.shape)] = tensor
+    for into, part in zip(full.chunk(parts), tensor.chunk(parts), strict=True):
+        into[tuple(slice(0, n) for n in part.shape)] = part
     return full

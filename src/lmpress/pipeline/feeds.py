@@ -56,7 +56,7 @@ def feed_with(
             outputs[linear] = Channels(_rows(block, layout, linear, channels.kept))
     real = channels
     if channels.scale is not None:
-        real, scaled = _scaled(block, site.feed or Feed(), channels, rest)
+        real, scaled = _scaled(block, site.feed or Feed(), channels, rest, outputs)
         for linear, one in scaled.items():
             outputs[linear] = outputs.get(linear, Channels()).then(one)
     linears = {linear: _applied(block.get_submodule(linear), one) for linear, one in outputs.items()}
@@ -73,7 +73,7 @@ def _rows(block: nn.Module, layout: BlockLayout, linear: str, kept: Tensor) -> T
 
 
 def _scaled(
-    block: nn.Module, feed: Feed, channels: Channels, rest: torch.dtype
+    block: nn.Module, feed: Feed, channels: Channels, rest: torch.dtype, outputs: Mapping[str, Channels]
 ) -> tuple[Channels, dict[str, Channels]]:
     """What really became of the channels, and of the outputs of the linear that feeds them."""
     assert channels.scale is not None
@@ -85,14 +85,16 @@ def _scaled(
     scale = channels.scale.view(groups, repeats, -1)
     if not bool((scale == scale[:, :1]).all()):
         raise ValueError("channels that one row feeds are scaled alike")
-    return channels, {feed.rows.linear: _placed(block, feed.rows, scale[:, 0].reshape(-1))}
+    module: Any = block.get_submodule(feed.rows.linear)
+    kept = outputs.get(feed.rows.linear, Channels()).kept
+    count = module.out_features if kept is None else len(kept)
+    return channels, {feed.rows.linear: _placed(feed.rows, count, scale[:, 0].reshape(-1))}
 
 
-def _placed(block: nn.Module, rows: Rows, scale: Tensor) -> Channels:
-    """The scale of some rows among all of their linear."""
-    module: Any = block.get_submodule(rows.linear)
-    whole = torch.ones(module.out_features, device=scale.device)
-    whole[rows.within(module.out_features)] = scale
+def _placed(rows: Rows, count: int, scale: Tensor) -> Channels:
+    """The scale of some rows among the `count` of their linear."""
+    whole = torch.ones(count, device=scale.device)
+    whole[rows.within(count)] = scale
     return Channels(scale=whole)
 
 
