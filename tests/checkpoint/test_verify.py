@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import lmpress
 from lmpress.api import inspect, write_card
 from lmpress.errors import LmpressError, RequestError
-from lmpress.pipeline import open_source
+from lmpress.source import open_source
 
 SHARD = "model-00002-of-00003.safetensors"
 

@@ -11,8 +11,8 @@ import gguf
 import pytest
 
 from lmpress.errors import RequestError
-from lmpress.pipeline import open_source
-from tests.pipeline.test_source import write_gguf
+from lmpress.source import open_source
+from tests.source.test_model import write_gguf
 from tests.tiny import tiny_model
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lmpress
 from lmpress.pipeline import Run, open_source
-from lmpress.pipeline.plan import make_plan
+from lmpress.plan import make_plan
 from lmpress.recipes import parse_recipe
 
 PRUNE = {"prune_neurons": {"allocation": "loss", "ratio": 0.2, "multiple_of": 8}}

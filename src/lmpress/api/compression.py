@@ -12,18 +12,12 @@ from lmpress.api.loading import device_of, load
 from lmpress.checkpoint import MANIFEST, read_json
 from lmpress.errors import LmpressError, RequestError
 from lmpress.evaluation import disk_bytes, peak_resident_set
-from lmpress.pipeline import (
-    Run,
-    RunOptions,
-    check_calibration,
-    discard,
-    finish_publication,
-    make_plan,
-    open_source,
-    written_files,
-)
-from lmpress.recipes import Recipe, Recover, load_recipe
+from lmpress.pipeline import Run, RunOptions, discard, finish_publication, written_files
+from lmpress.plan import make_plan
+from lmpress.recipes import Recipe, load_recipe
 from lmpress.recovery import check_recovery_text, recover_checkpoint
+from lmpress.source import as_recipe_reads, open_source
+from lmpress.stream.text import check_calibration
 
 RECOVERED = "recovered"
 """Below the work directory: the checkpoint after training, until it is published."""
@@ -123,7 +117,7 @@ def compress_with(
 
 def _execute(run: Run) -> None:
     """Compress, recover, publish; each part is skipped where a resumed run has it behind itself."""
-    step = next((s for s in run.recipe.steps if isinstance(s, Recover)), None)
+    step = run.recipe.recovery
     if run.journal.find("publishing") is None:
         if step is not None:
             check_recovery_text(run.source, step, run.options.calibration)
@@ -155,7 +149,7 @@ def plan(
     """What `compress` would do, as JSON, with the bytes to expect; nothing is computed or written."""
     wanted = load_recipe(recipe)
     check_calibration(calibration)
-    source = open_source(model)
+    source = as_recipe_reads(open_source(model), wanted)
     resolved = make_plan(wanted, source)
     predicted = resolved.predicted["bytes"]
     full = 2 * sum(source.skeleton.state_dict(keep_vars=True)[name].numel() for name in source.names)

@@ -17,7 +17,8 @@ from lmpress.checkpoint import (
 )
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms.base import float_dtype
-from lmpress.pipeline import load_dense, open_source
+from lmpress.source import open_source
+from lmpress.stream.text import load_dense
 
 
 def load(directory: str | Path, *, verify: bool = True, resident: str | None = None, **options: Any) -> Any:

@@ -24,14 +24,15 @@ from lmpress.evaluation import (
     ModuleRow,
     TextProtocol,
     Timing,
+    check_windows,
     default_window,
     evaluate_models,
     module_table,
     refuse_seen_text,
     spq_text,
 )
-from lmpress.pipeline import CALIBRATION
 from lmpress.progress import note
+from lmpress.stream.text import CALIBRATION
 
 
 def evaluate(
@@ -119,6 +120,11 @@ def evaluate_loaded(
         _evaluation_text(corpus, tokenizer, model.config, window, max_tokens, paper_protocol)
         for corpus in corpora
     ]
+    for account in filter(None, (corpus.account for corpus in corpora)):
+        note(account)
+    for text in texts:
+        for reader, _, _ in loaded.values():
+            check_windows(text, reader.config)
     for path in (Path(model) for model in models.values()):
         if path.is_dir() and is_compressed(path):
             _refuse_seen(path, corpora, texts)

@@ -81,7 +81,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: bytes) -> Any:
-    """JSON in UTF-8, with or without a byte order mark. ValueError for anything else, and where a key stands twice in an object."""
+    """JSON in UTF-8, a byte order mark or not. ValueError: it is none, or a key stands twice."""
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except RecursionError:

@@ -17,20 +17,28 @@ def check_fit(model: Any, forms: Mapping[str, Form]) -> None:
             have different numbers of neurons.
     """
     layout = layout_of(model.config)
-    blocks = [f"{layout.block_name(i)}." for i in range(layout.num_blocks)]
-    neurons: dict[str, int] = {}
+    neurons: dict[int, int] = {}
     for name, form in forms.items():
         full = _shape(model, name)
-        block = next((start for start in blocks if name.startswith(start)), "")
-        local = name.removeprefix(block)
-        side = 0 if local in layout.neurons.inputs else 1 if local == layout.neurons.output else None
-        fits = [found == wanted for found, wanted in zip(form.shape, full, strict=True)]
-        if side is not None and block:
-            fits[side] = 1 <= form.shape[side] <= full[side]
-            if neurons.setdefault(block, form.shape[side]) != form.shape[side]:
-                raise ValueError(f"{name} has {form.shape[side]} neurons, its block {neurons[block]}")
-        if not all(fits):
+        index, local = _place(name, layout.blocks)
+        found = layout.block(index).neurons if index is not None else None
+        rows = found.parts(local) if found is not None else 0
+        sides = [form.shape[0], form.shape[1]]
+        side = 0 if rows else 1 if found is not None and local == found.output else None
+        if side is not None and index is not None and 1 <= sides[side] <= full[side]:
+            count, rest = divmod(sides[side], max(1, rows))
+            if rest or neurons.setdefault(index, count) != count:
+                raise ValueError(f"{name} has {count} neurons, and its block {neurons.get(index)}")
+            sides[side] = full[side]
+        if tuple(sides) != full:
             raise ValueError(f"{name} is described as {form.shape}, and the config asks for {full}")
+
+
+def _place(name: str, blocks: str) -> tuple[int | None, str]:
+    """The block that a module of the model is in, None for none, and its name there."""
+    number, _, local = name.removeprefix(f"{blocks}.").partition(".")
+    inside = name.startswith(f"{blocks}.") and number.isdecimal()
+    return (int(number), local) if inside else (None, name)
 
 
 def _shape(model: Any, name: str) -> tuple[int, int]:

@@ -19,7 +19,7 @@ def compare(
     calibration: Annotated[str, typer.Option(help="As for compress; the same for all.")] = "self",
     text: Annotated[
         list[str] | None,
-        typer.Option(help="A text or JSONL file, python-docs, wikitext2, c4; may be repeated."),
+        typer.Option(help="A file (text, JSON, CSV), python-docs, wikitext2, c4; may be repeated."),
     ] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens a window; min(2048, context).")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text; all of them.")] = None,

@@ -20,7 +20,7 @@ def compress(
     calibration: Annotated[
         str,
         typer.Option(
-            help="`self` (the model writes it), a text or JSONL file, wikitext2, c4; or several, a,b."
+            help="`self` (the model writes it), a file (text, JSON, CSV), wikitext2, c4; or several, a,b."
         ),
     ] = "self",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",

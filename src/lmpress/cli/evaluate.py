@@ -16,7 +16,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A checkpoint, or any model that compress takes.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="A text or JSONL file, python-docs, wikitext2, c4; may be repeated."),
+        typer.Option(help="A file (text, JSON, CSV), python-docs, wikitext2, c4; may be repeated."),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(help="The dense model, measured in the same run; gives KL and ratios.")

@@ -51,7 +51,7 @@ class ModuleRow:
 def block_linears(config: Any) -> list[str]:
     """The paths of all linears of all blocks. RequestError for a family that is not supported."""
     layout = layout_of(config)
-    return [f"{layout.block_name(i)}.{linear}" for i in range(layout.num_blocks) for linear in layout.linears]
+    return list(layout.linears)
 
 
 def linear_bits_per_weight(model: PreTrainedModel, skeleton: PreTrainedModel | None = None) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any, ClassVar
 
@@ -21,6 +22,33 @@ MOST_ENTRIES = 1 << 48
 """Of a matrix; a side has at most 2^31 - 1."""
 
 
+Run = Callable[["Form", Tensor], Tensor]
+"""How a form runs: (form, x of shape (..., in)) -> (..., out)."""
+
+Refit = Callable[["Form", Tensor], "Form"]
+"""A leaf of the same kind for another matrix: (leaf, matrix (out, in)) -> leaf."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A form that another one is made of, and what stands between its outputs and those of the whole.
+
+    Attributes:
+        name: among the parts.
+        form: the part.
+        after: the part whose outputs are its inputs; None where it reads the input of the whole.
+        through: gives the matrix (out, r) by which its outputs reach those of the whole; None where they
+            are outputs of the whole themselves.
+        rows: which outputs of the whole its own are, a mask (out,); None for all of them, in their order.
+    """
+
+    name: str
+    form: Form
+    after: str | None = None
+    through: Callable[[], Tensor] | None = None
+    rows: Tensor | None = None
+
+
 class Form(ABC):
     """A matrix of shape (out_features, in_features), written as a small expression over tensors.
 
@@ -30,6 +58,9 @@ class Form(ABC):
 
     kind: ClassVar[str]
     """The name of the form in a description."""
+
+    is_product: ClassVar[bool] = False
+    """Whether its parts run one after the other, narrower than the whole."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -76,12 +107,14 @@ class Form(ABC):
         form.check()
         return form
 
-    def check(self) -> None:  # noqa: B027 - most leaves can hold any values
+    def check(self) -> None:
         """Look at the values of the tensors once, so that nothing that reads them later has to.
 
         Raises:
             ValueError: they contradict each other, as a bitmap with more entries than there are values.
         """
+        for part in self.parts():
+            part.form.check()
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -92,9 +125,33 @@ class Form(ABC):
     def from_description(cls, description: Mapping[str, Any]) -> Form:
         """An empty form on the meta device. Raises KeyError or ValueError on a description that is broken."""
 
-    @abstractmethod
+    def parts(self) -> tuple[Part, ...]:
+        """The forms that it is made of, in the order in which they run; none of a leaf."""
+        return ()
+
+    def with_parts(self, parts: Mapping[str, Form]) -> Form:
+        """The same expression over other parts, by their names; a leaf is itself."""
+        return self
+
+    def run_by(self, run: Run, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        """`forward`, with `run` for the parts."""
+        return self.forward(x)
+
     def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
         """The same expression with every leaf replaced by `rewriter(leaf)`."""
+        parts = self.parts()
+        if not parts:
+            return rewriter(self)
+        return self.with_parts({part.name: part.form.rewrite(rewriter) for part in parts})
+
+    def merged(self, update: Tensor, refit: Refit) -> Form:
+        """`dense() + update` in the structure of this form, with no byte more.
+
+        Args:
+            update: (out, in).
+            refit: gives a leaf another matrix.
+        """
+        return refit(self, self.dense() + update)
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows `index` (any shape) of the matrix, (*index.shape, in): an embedding lookup."""
@@ -102,14 +159,17 @@ class Form(ABC):
 
     def resident(self) -> Form:
         """The same matrix as it is best kept in memory to be run again and again; often the form itself."""
-        return self
+        parts = self.parts()
+        kept = {part.name: part.form.resident() for part in parts}
+        return self if all(kept[part.name] is part.form for part in parts) else self.with_parts(kept)
 
     def stored(self, resident: Form) -> Form:
         """`resident()` undone: this form with the values of `resident`, which may have been moved or cast.
 
         Of this form itself nothing is looked at that `resident` tells: see `without_values`.
         """
-        return resident
+        pairs = zip(self.parts(), resident.parts(), strict=True)
+        return resident.with_parts({own.name: own.form.stored(other.form) for own, other in pairs})
 
     def without_values(self) -> Form:
         """The same expression with what is large in its leaves, weights and codes, on the meta device."""
@@ -120,6 +180,11 @@ class Form(ABC):
         """Of a leaf: `without_values`."""
         first, *others = self.tensors().items()
         return self.with_tensors({first[0]: torch.empty_like(first[1], device="meta"), **dict(others)})
+
+    @property
+    def storage(self) -> str:
+        """How the weight of a leaf is stored, as kernels name it; empty where none of them knows it."""
+        return ""
 
     @property
     def num_bytes(self) -> int:

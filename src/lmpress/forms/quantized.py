@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,8 +166,9 @@ class Quantized(Form):
         zero = None if symmetric else torch.empty(1, width, dtype=torch.uint8, device="meta")
         return cls(packed, scale, zero, bits, columns)
 
-    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
-        return rewriter(self)
+    @property
+    def storage(self) -> str:
+        return "row scales" if self.scale.shape[1] == 1 else "group scales"
 
     @property
     def formula(self) -> str:

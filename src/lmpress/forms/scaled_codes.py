@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from reprlib import repr as short
 from typing import Any
@@ -151,8 +151,9 @@ class ScaledCodes(Form):
         if not ordered or int(columns.min()) < 0 or int(columns.max()) >= self.shape[1]:
             raise ValueError("the places of codes beyond a byte are damaged")
 
-    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
-        return rewriter(self)
+    @property
+    def storage(self) -> str:
+        return "scaled codes"
 
     @property
     def formula(self) -> str:

@@ -41,7 +41,7 @@ class AlpsOptions:
     damping: float = 0.1
     iterations: int = 300
     refit: int = 10
-    asymmetry: float = 0.5
+    asymmetry: float = 0.0
 
     def __post_init__(self) -> None:
         density_of(self.pattern, self.sparsity)

@@ -67,7 +67,7 @@ class EntropyOptions:
     flat_columns: bool = False
     dead_zone: float = 0.1
     largest_code: int | None = None
-    asymmetry: float = 0.5
+    asymmetry: float = 0.0
     chunk_size: int = 1 << 16
 
     def __post_init__(self) -> None:

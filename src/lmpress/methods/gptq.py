@@ -22,7 +22,7 @@ others fixed, the best q_j is the grid point nearest to `q_j + [(W - Q) H]_j / H
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,15 +57,15 @@ class GptqOptions:
     """
 
     bits: int = 4
-    granularity: str = "group:64"
+    granularity: str = "channel"
     symmetric: bool = True
     damping: float = 0.03
     per_channel_damping: bool = False
-    order: str = "group-aware"
+    order: Literal["group-aware", "activation", "none"] = "group-aware"
     static_groups: bool = True
-    clip: bool = True
+    clip: bool = False
     sweeps: int = 0
-    asymmetry: float = 0.5
+    asymmetry: float = 0.0
     scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ quantized in the metric of `B x`, so that each step makes up for the one before.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,10 +41,10 @@ class CorrectionOptions:
     """
 
     rank: int = 32
-    metric: str = "hessian"
+    metric: Literal["hessian", "diagonal", "none"] = "hessian"
     damping: float = 0.01
     bits: int | None = None
-    granularity: str = "channel"
+    granularity: Literal["tensor", "channel"] = "channel"
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.damping < 0:
@@ -114,6 +114,7 @@ def quantized_factors(
         granularity=options.granularity,
         damping=options.damping,
         per_channel_damping=True,
+        clip=True,
     )
     right_form = gptq(right, statistics, how).form
     stored = right_form.dense()

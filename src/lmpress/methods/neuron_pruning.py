@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class NeuronOptions:
         damping: added to every channel of H, as a fraction of its own entry.
     """
 
-    importance: str = "output"
+    importance: Literal["output", "activation"] = "output"
     compensate: bool = True
     damping: float = 1e-2
 

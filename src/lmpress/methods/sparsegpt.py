@@ -22,7 +22,7 @@ the loss.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class SparseGptOptions:
     sparsity: float = 0.5
     pattern: str = "unstructured"
     bits: int | None = None
-    case: str = "survivors"
+    case: Literal["survivors", "all"] = "survivors"
     granularity: str = "channel"
     symmetric: bool = True
     clip: bool = True
@@ -79,7 +79,7 @@ class SparseGptOptions:
     per_channel_damping: bool = False
     block: int = 128
     sweeps: int = 0
-    asymmetry: float = 0.5
+    asymmetry: float = 0.0
     scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:

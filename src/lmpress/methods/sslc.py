@@ -29,7 +29,7 @@ the best.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class SslcOptions:
     sparsity: float = 0.5
     kappa: float | None = 0.2
     pattern: str = "unstructured"
-    metric: str = "hessian"
+    metric: Literal["hessian", "diagonal"] = "hessian"
     iterations: int = 120
     growth: tuple[float, float, float] = (1.1, 1.05, 1.02)
     protect: float = 0.01
@@ -86,7 +86,7 @@ class SslcOptions:
     seed: int = 0
     survivors: SparseGptOptions | None = None
     factors: CorrectionOptions | None = None
-    asymmetry: float = 0.5
+    asymmetry: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1 or not 0 <= self.protect < 1:

@@ -46,7 +46,7 @@ class SvdLlmOptions:
     ratio: float = 0.8
     rank: int | None = None
     damping: float = 0.01
-    update: float = 1.0
+    update: float = 0.0
     multiple_of: int = 1
 
     def __post_init__(self) -> None:

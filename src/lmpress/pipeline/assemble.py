@@ -26,8 +26,8 @@ from lmpress.checkpoint import (
     write_json,
 )
 from lmpress.checkpoint.card import model_card
-from lmpress.pipeline.calibration import CALIBRATION
-from lmpress.pipeline.source import ModelSource
+from lmpress.source import Descriptions, ModelSource
+from lmpress.stream.text import CALIBRATION
 from lmpress.version import __version__
 
 
@@ -87,6 +87,30 @@ def publish(staging: Path, output: Path) -> None:
     for name in sorted(new, key=lambda name: (name == "config.json", name)):  # the config makes it loadable
         os.replace(staging / name, output / name)
     sync_directory(output)
+
+
+def sizes(source: ModelSource, directory: Path, plan: Descriptions) -> dict[str, Any]:
+    """What the checkpoint weighs: real bytes of the files, and bits per weight of the blocks' linears.
+
+    bits per weight = 8 x all bytes stored for the linears, over the weights of the DENSE model's linears.
+    """
+    layout = source.layout
+    shards = sorted(directory.glob("model-*.safetensors"))
+    linears = list(layout.linears)
+    stored = dict.fromkeys(linears, 0)
+    for shard in shards:
+        for name, entry in read_header(shard).items():
+            module, _, tensor = name.rpartition(".")
+            if module in stored and tensor != "bias":
+                stored[module] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    dense = source.skeleton.state_dict(keep_vars=True)
+    weights = sum(dense[f"{name}.weight"].numel() for name in linears)
+    return {
+        "weight_bytes": sum(shard.stat().st_size for shard in shards),
+        "bytes_16bit": 2 * sum(dense[name].numel() for name in source.names),
+        "linear_bpw": round(8 * sum(stored.values()) / max(1, weights), 6),
+        "linear_weights": weights,
+    }
 
 
 def written_files(output: Path) -> set[str]:

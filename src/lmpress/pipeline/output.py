@@ -8,7 +8,7 @@ from lmpress.checkpoint import MANIFEST, read_json
 from lmpress.errors import RequestError
 from lmpress.pipeline.assemble import discard, publish, remove_stale, written_files
 from lmpress.pipeline.journal import WORK, Journal
-from lmpress.pipeline.source import ModelSource
+from lmpress.source import ModelSource
 
 
 def check_output(output: Path, source: ModelSource, again: bool) -> None:

@@ -13,27 +13,13 @@ import yaml
 from pydantic import Field, ValidationError
 
 from lmpress.errors import RequestError
-from lmpress.recipes.order import conflict
 from lmpress.recipes.plain_yaml import plain_yaml
-from lmpress.recipes.steps import (
-    GROUPS,
-    STEPS,
-    Correct,
-    Pivot,
-    PruneNeurons,
-    Recover,
-    Step,
-    Strict,
-    options_of,
-)
+from lmpress.recipes.steps import GROUPS, STEPS, Recover, SiteStep, Step, Strict, options_of
 
 T = TypeVar("T", bound=Strict)
 
 LARGEST = 1 << 18
 """Bytes of a recipe."""
-
-NEEDS_ANOTHER = (Pivot, Correct)
-"""Steps that work on what an earlier one left."""
 
 
 class Calibration(Strict):
@@ -69,6 +55,16 @@ class Recipe(Strict):
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     seed: int = 42
     steps: tuple[Step, ...] = ()
+
+    @property
+    def recovery(self) -> Recover | None:
+        """The step that trains; None where there is none."""
+        return next((step for step in self.steps if isinstance(step, Recover)), None)
+
+    @property
+    def site_steps(self) -> tuple[tuple[int, SiteStep], ...]:
+        """The steps over whole sites, with their places in the recipe."""
+        return tuple((i, step) for i, step in enumerate(self.steps) if isinstance(step, SiteStep))
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain JSON with every default written out; `parse_recipe` reads it back."""
@@ -187,23 +183,15 @@ def _check_order(recipe: Recipe, where: str) -> None:
     for i, step in enumerate(recipe.steps):
         place = f"{where}: step {i + 1} ({step.kind})"
         earlier = recipe.steps[:i]
-        if any(isinstance(s, Recover) for s in earlier):
+        if any(s.trains for s in earlier):
             raise RequestError(f"{place}: recover comes last, after every step that compresses")
-        if isinstance(step, PruneNeurons) and any(isinstance(s, PruneNeurons) for s in earlier):
-            raise RequestError(f"{place}: neurons are pruned once in a recipe")
+        if step.once and any(s.kind == step.kind for s in earlier):
+            raise RequestError(f"{place}: {step.once}")
         if step.targets == "embeddings" and step.blocks_only:
             raise RequestError(f"{place}: {step.kind} works on the linears of the blocks, not on embeddings")
-        fault = conflict(step, [s for s in earlier if _overlap(step, s)])
-        if fault is not None and not (isinstance(step, NEEDS_ANOTHER) and _by_glob(step, earlier)):
+        fault = step.conflict([s for s in earlier if step.overlaps(s)])
+        if fault is not None and not (step.needs_another and _by_glob(step, earlier)):
             raise RequestError(f"{place}: {fault}")
-
-
-def _overlap(a: Step, b: Step) -> bool:
-    """Whether two steps surely touch a module together."""
-    if isinstance(a, PruneNeurons) and "mlp" in b.targets:
-        return True
-    pair = {a.targets, b.targets}
-    return len(pair) == 1 or ("linears" in pair and bool(pair & {"attention", "mlp"}))
 
 
 def _by_glob(step: Step, earlier: Sequence[Step]) -> bool:
