@@ -139,15 +139,15 @@ def test_recipes_share_a_survey(
 def test_the_model_writes_its_calibration_text_once(
     tiny: Callable[[str], Path], other_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmpress.pipeline import calibration
+    from lmpress.stream import text
 
-    write, written = calibration.generate_text, []
+    write, written = text.generate_text, []
 
     def counted(*args: Any) -> Any:
         written.append(args[2:])
         return write(*args)
 
-    monkeypatch.setattr(calibration, "generate_text", counted)
+    monkeypatch.setattr(text, "generate_text", counted)
     size = {"samples": 4, "seq_len": 32}
     steps = [{"quantize": {"bits": 4, "solver": "gptq"}}]
     other = {"name": "longer", "calibration": size | {"seq_len": 48}, "steps": steps}

@@ -23,8 +23,9 @@ def loss(difference: Tensor, hessian: Tensor) -> float:
 def test_exact_projection_is_eckart_young_in_the_whitened_norm(shape: tuple[int, int], rank: int) -> None:
     weight, _, statistics = layer(*shape)
     hessian = statistics.require_hessian()
-    left, right = project_exactly(weight, hessian, rank)
+    left, right, used = project_exactly(weight, hessian, rank)
     assert left.dtype == torch.float64
+    assert used == 0
     expected = whitened_tail(weight, hessian, rank)
     assert loss(weight - left @ right, hessian) == pytest.approx(expected, rel=1e-6, abs=1e-9)
     torch.testing.assert_close(left.T @ left, torch.eye(rank, dtype=torch.float64), rtol=1e-8, atol=1e-8)
@@ -33,7 +34,7 @@ def test_exact_projection_is_eckart_young_in_the_whitened_norm(shape: tuple[int,
 @pytest.mark.parametrize("shape", [(10, 24), (24, 10)])
 def test_without_a_metric_it_is_the_svd(shape: tuple[int, int]) -> None:
     weight, _, _ = layer(*shape)
-    left, right = project_exactly(weight, None, 3)
+    left, right, _ = project_exactly(weight, None, 3)
     U, S, Vt = torch.linalg.svd(weight.double(), full_matrices=False)
     torch.testing.assert_close(left @ right, U[:, :3] * S[:3] @ Vt[:3], rtol=1e-7, atol=1e-7)
 
@@ -53,7 +54,7 @@ def test_iteration_comes_close_to_the_exact_projection() -> None:
 
 
 def test_balancing_keeps_the_product() -> None:
-    left, right = project_exactly(torch.randn(12, 9, dtype=torch.float64), None, 5)
+    left, right, _ = project_exactly(torch.randn(12, 9, dtype=torch.float64), None, 5)
     a, b = balanced(left, right)
     torch.testing.assert_close(a @ b, left @ right)
     assert float(a.square().mean() / b.square().mean()) == pytest.approx(1)

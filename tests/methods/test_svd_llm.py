@@ -35,7 +35,7 @@ def test_the_update_is_least_squares_towards_the_original_output() -> None:
         x.std(0)
     )
     cross = (original - x).double().T @ x.double() / len(x)
-    options = SvdLlmOptions(rank=5, damping=0.0)
+    options = SvdLlmOptions(rank=5, damping=0.0, update=1.0)
     plain = svd_llm(weight.double(), statistics, options).form
     updated = svd_llm(weight.double(), statistics, options, cross=cross).form
     assert isinstance(updated, LowRank)

@@ -20,7 +20,7 @@ from lmpress.recipes import (
     Sparsify,
     Svd,
 )
-from lmpress.recipes.steps.base import LeafStep, _pivoted_contexts
+from lmpress.recipes.steps.base import LeafStep
 from lmpress.statistics import InputStatistics
 from lmpress.statistics.inputs import StatisticsAccumulator
 
@@ -169,20 +169,39 @@ def expected_square(sensitivity: torch.Tensor, through: torch.Tensor) -> torch.T
     return total.detach().float()
 
 
+class Spy(LeafStep):
+    """Leaves every leaf as it is, and notes what it came with."""
+
+    kind = "spy"
+
+    def rewrite_leaf(self, leaf: Form, statistics: Any, context: LeafContext) -> Any:
+        SEEN.append((leaf, statistics, context))
+        return Rewritten(leaf, {})
+
+
+SEEN: list[tuple[Form, Any, LeafContext]] = []
+
+
+def seen_by_leaves(form: Form, context: LeafContext) -> list[LeafContext]:
+    SEEN.clear()
+    Spy().rewrite(form, statistics(), context)
+    return [context for _, _, context in SEEN]
+
+
 def test_sensitivity_goes_behind_a_factor() -> None:
     left, sensitivity = torch.randn(24, 5, generator=GENERATOR), torch.rand(24, generator=GENERATOR)
-    context = LeafContext(seed=4, grid_step=0.1, sensitivity=sensitivity).behind(left)
-    assert (context.seed, context.grid_step) == (4, 0.1)
+    context = LeafContext(seed=4, share=0.1, sensitivity=sensitivity).behind(left)
+    assert (context.seed, context.share) == (4, 0.1)
     assert context.sensitivity is not None
     torch.testing.assert_close(context.sensitivity, expected_square(sensitivity, left))
-    assert LeafContext(bits=3).behind(left) == LeafContext(bits=3)
+    assert LeafContext(share=3).behind(left) == LeafContext(share=3)
 
 
 def test_sensitivity_of_pivoted_rows() -> None:
     form = after(Pivot(), after(Svd(ratio=0.8)))
     assert isinstance(form, Pivoted)
     sensitivity = torch.rand(24, generator=GENERATOR)
-    inner, outer = _pivoted_contexts(form, LeafContext(sensitivity=sensitivity))
+    inner, outer = seen_by_leaves(form, LeafContext(sensitivity=sensitivity))
     # every output of the module in terms of the basis outputs: dense() = through @ basis
     through = form.dense().double() @ torch.linalg.pinv(form.basis.dense().double())
     expected = expected_square(sensitivity, through)
@@ -191,51 +210,55 @@ def test_sensitivity_of_pivoted_rows() -> None:
     torch.testing.assert_close(inner.sensitivity, expected, rtol=1e-3, atol=1e-4)
     assert torch.equal(outer.sensitivity, sensitivity[~form.pivots()])
     assert outer.sensitivity.shape[0] == form.coefficients.shape[0]
-    plain = LeafContext(bits=4)
-    assert _pivoted_contexts(form, plain) == (plain, plain)
-
-
-class Spy(LeafStep):
-    """Leaves every leaf as it is, and notes the context that it came with."""
-
-    kind = "spy"
-
-    def rewrite_leaf(self, leaf: Form, statistics: Any, context: LeafContext) -> Any:
-        SEEN.append((leaf.shape, context.sensitivity))
-        return Rewritten(leaf, {})
-
-
-SEEN: list[tuple[tuple[int, int], torch.Tensor | None]] = []
+    plain = LeafContext(share=4)
+    assert seen_by_leaves(form, plain) == [plain, plain]
 
 
 def test_every_leaf_gets_a_sensitivity_an_output() -> None:
     sensitivity = torch.rand(24, generator=GENERATOR)
     factors = after(Svd(ratio=0.8))
     for form in (factors, after(Pivot(), factors), Sum((Dense(WEIGHT), factors))):
-        SEEN.clear()
-        Spy().rewrite(form, statistics(), LeafContext(sensitivity=sensitivity))
-        assert len(SEEN) >= 2
-        assert all(s is not None and s.shape == (shape[0],) for shape, s in SEEN)
+        assert len(seen_by_leaves(form, LeafContext(sensitivity=sensitivity))) >= 2
+        for leaf, _, context in SEEN:
+            assert context.sensitivity is not None
+            assert context.sensitivity.shape == (leaf.shape[0],)
+
+
+def test_what_strays_is_told_to_the_leaves_that_read_the_input_of_the_module() -> None:
+    """Behind a factor nobody knows it; statistics there are those of what the factor gives."""
+    cross = torch.rand(32, 32, generator=GENERATOR)
+    factors = after(Svd(ratio=0.8))
+    assert isinstance(factors, LowRank)
+    terms = Sum((Dense(WEIGHT), factors))
+    right, left = factors.right, factors.left
+    told = [context.cross for context in seen_by_leaves(terms, LeafContext(cross=cross))]
+    assert [leaf for leaf, _, _ in SEEN] == [terms.terms[0], right, left]
+    assert told[0] is cross
+    assert told[1] is cross
+    assert told[2] is None
+    inner = INPUTS @ right.dense().T
+    known = SEEN[2][1].require_hessian()
+    torch.testing.assert_close(known, inner.T @ inner / len(inner), rtol=1e-4, atol=1e-4)
 
 
 def test_entropy_quantize_takes_the_common_step_or_bits_of_its_own() -> None:
     step = EntropyQuantize(bits=4.0)
     with pytest.raises(ValueError, match="needs the Hessian"):
-        step.rewrite(Dense(WEIGHT), None, LeafContext(grid_step=0.05))
-    form = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(grid_step=0.05)).form
+        step.rewrite(Dense(WEIGHT), None, LeafContext(share=0.05))
+    form = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(share=0.05)).form
     assert isinstance(form, EntropyCoded)
-    finer = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(grid_step=0.01)).form
+    finer = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(share=0.01)).form
     assert strayed(finer) < strayed(form) / 10
     for known in (None, statistics()):
         table = step.rewrite(Dense(WEIGHT), known, LeafContext()).form
         assert isinstance(table, EntropyCoded)
         assert table.bits_per_weight <= 4.0
     with pytest.raises(ValueError, match="takes dense weights"):
-        step.rewrite(after(Quantize()), statistics(), LeafContext(grid_step=0.05))
+        step.rewrite(after(Quantize()), statistics(), LeafContext(share=0.05))
 
 
 def test_quantize_takes_the_bits_of_its_share() -> None:
     step = Quantize(bits=4.25, allocation="mixed")
-    form = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(bits=6)).form
+    form = step.rewrite(Dense(WEIGHT), statistics(), LeafContext(share=6)).form
     assert isinstance(form, Quantized)
     assert form.bits == 6

@@ -6,10 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import gguf
-import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import lmpress
 from lmpress.errors import RequestError
 from lmpress.source import open_source
-from tests.tiny import TINY, save_tiny, tiny_model
+from tests.tiny import TINY, save_tiny
 
 
 @pytest.fixture
@@ -43,61 +40,6 @@ def test_shards_are_read(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     whole, parts = open_source(tiny("llama-untied")), open_source(path)
     for name in whole.names:
         assert torch.equal(whole.read([name])[name], parts.read([name])[name])
-
-
-@pytest.mark.parametrize(
-    ("family", "architecture", "name"),
-    [
-        ("llama", "llama", "tiny"),
-        ("mistral", "llama", "mistral"),
-        ("gemma2", "gemma2", "tiny"),
-        ("gemma3", "gemma3", "tiny"),
-    ],
-)
-def test_a_gguf_file_gives_the_weights_of_the_model(
-    family: str, architecture: str, name: str, tmp_path: Path
-) -> None:
-    model = tiny_model(family)
-    write_gguf(model, architecture, name, tmp_path / "model.gguf")
-    source = open_source(tmp_path / "model.gguf")
-    assert source.config.model_type == model.config.model_type
-    state = model.state_dict()
-    for key, tensor in source.read(source.names).items():
-        torch.testing.assert_close(tensor, state[key], rtol=0, atol=1e-6, msg=key)
-
-
-def write_gguf(model: Any, architecture: str, name: str, path: Path) -> None:
-    """The model as llama.cpp's converter stores it: Llama's q and k permuted, one added to Gemma's norms."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name(name)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(16)
-    writer.add_context_length(256)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for key, tensor in model.state_dict().items():
-        module, _, suffix = key.rpartition(".")
-        if module == "lm_head" and config.tie_word_embeddings:
-            continue
-        data = tensor.numpy()
-        count = heads.get(module.rpartition(".")[2])
-        if architecture == "llama" and count:
-            data = data.reshape(count, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
-        if architecture.startswith("gemma") and module.endswith("norm"):
-            data = data + 1
-        writer.add_tensor(f"{names.get_name(module)}.{suffix}", numpy.ascontiguousarray(data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_directory_without_weights(copy: Path) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import lmpress
 from lmpress.forms import Dense
-from lmpress.pipeline import open_source
-from lmpress.source import dense_block, dense_outer, set_form
+from lmpress.source import dense_block, dense_outer, open_source, set_form
 from lmpress.stream import IN_FLIGHT, BlockStream, Walk
 from tests.pipeline.test_original import FACTOR, PRUNE, gptq, recipe, shards
 from tests.tiny import TINY
@@ -27,14 +26,13 @@ def test_the_first_linear_of_a_site_is_called_first(family: str, tiny: Callable[
     source = open_source(tiny(family))
     windows = torch.randint(0, source.config.vocab_size, (2, 8))
     stream, called = BlockStream(source, dense_outer(source, CPU), windows), []
-    stream.at_block(0)
-    block = dense_block(source, 0, CPU)
-    for linear in source.layout.linears:
+    block, layout = dense_block(source, 0, CPU), source.layout.block(0)
+    for linear in layout.linears:
         block.get_submodule(linear).register_forward_pre_hook(
             lambda module, args, linear=linear: called.append(linear)
         )
-    stream.advance(block)
-    for site in source.layout.sites:
+    stream.block(0).advance(block)
+    for site in layout.sites:
         assert min(map(called.index, site.linears)) == called.index(site.linears[0])
 
 
@@ -43,7 +41,6 @@ def stream(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> tuple
     source = open_source(tiny(request.param))
     windows = torch.randint(0, source.config.vocab_size, (10, 16), generator=torch.Generator().manual_seed(0))
     stream = BlockStream(source, dense_outer(source, CPU), windows, batch=4)
-    stream.at_block(0)
     return stream, dense_block(source, 0, CPU)
 
 
@@ -60,10 +57,10 @@ def walked(stream: BlockStream, block: nn.Module, memory: int) -> tuple[list[Ten
         nonlocal calls
         calls += 1
 
-    walk = Walk(stream, block, memory)
+    walk = Walk(stream.block(0), block, memory)
     next(iter(block.children())).register_forward_pre_hook(count)
     hessians = []
-    for site in stream.layout.sites:
+    for site in stream.layout.block(0).sites:
         hessians.append(walk.gather(site, hessian=True).statistics.require_hessian())
         for linear in site.linears:
             halve(block, linear)
@@ -92,8 +89,8 @@ def test_paused_batches_see_what_replayed_ones_see(
 
 
 def test_who_waits_at_no_site_goes_on_later(stream: tuple[BlockStream, nn.Module]) -> None:
-    first, *_, last = stream[0].layout.sites
-    walk = Walk(*stream)
+    first, *_, last = stream[0].layout.block(0).sites
+    walk = Walk(stream[0].block(0), stream[1])
     assert walk.gather(first, hessian=False, whole=False).statistics.count == 4 * 16
     halve(stream[1], first.linears[0])
     assert walk.gather(last, hessian=False).statistics.count == 10 * 16
@@ -102,8 +99,8 @@ def test_who_waits_at_no_site_goes_on_later(stream: tuple[BlockStream, nn.Module
 
 
 def test_a_site_that_is_never_reached_is_an_error(stream: tuple[BlockStream, nn.Module]) -> None:
-    first, *_, last = stream[0].layout.sites
-    walk = Walk(*stream)
+    first, *_, last = stream[0].layout.block(0).sites
+    walk = Walk(stream[0].block(0), stream[1])
     walk.gather(last, hessian=False)
     with pytest.raises(RuntimeError, match="ended before"):
         walk.gather(first, hessian=False)
@@ -143,10 +140,13 @@ def test_the_rows_that_tell_an_error_come_from_all_of_the_text(
     stream: tuple[BlockStream, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of 64, 64 and 32 rows."""
-    site = stream[0].layout.sites[0]
-    rows = Walk(*stream).gather(site, hessian=False).sample
+    site = stream[0].layout.block(0).sites[0]
+
+    def sample(whole: bool = True) -> Tensor:
+        return Walk(stream[0].block(0), stream[1]).gather(site, hessian=False, whole=whole).sample
+
+    rows = sample()
     assert rows.shape[0] == 160
-    monkeypatch.setattr("lmpress.pipeline.walk.SAMPLE_TOKENS", 6)
-    assert torch.equal(Walk(*stream).gather(site, hessian=False).sample, rows[[0, 63, 64, 127, 128, 159]])
-    first = Walk(*stream).gather(site, hessian=False, whole=False).sample
-    assert torch.equal(first, rows[[0, 13, 25, 38, 50, 63]])
+    monkeypatch.setattr("lmpress.stream.walk.SAMPLE_TOKENS", 6)
+    assert torch.equal(sample(), rows[[0, 63, 64, 127, 128, 159]])
+    assert torch.equal(sample(whole=False), rows[[0, 13, 25, 38, 50, 63]])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lmpress
-from lmpress.pipeline import load_dense, open_source
+from lmpress.source import load_dense, open_source
 
 SIZE = {"samples": 8, "seq_len": 32, "precision": "float32"}
 

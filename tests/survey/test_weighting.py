@@ -11,8 +11,7 @@ import torch
 
 import lmpress
 from lmpress.api.loading import load_any
-from lmpress.pipeline import open_source
-from lmpress.source import dense_block, dense_outer
+from lmpress.source import dense_block, dense_outer, open_source
 from lmpress.statistics import StatisticsAccumulator
 from lmpress.stream import BlockStream
 from lmpress.survey.weighting import pooled, position_weights, weighting_samples
@@ -45,7 +44,7 @@ def test_weights_are_the_squared_gradients_of_the_whole_model(
     outer = dense_outer(source, CPU)
     stream = BlockStream(source, outer, windows, batch=2)
     weights = position_weights(stream, outer, lambda i: dense_block(source, i, CPU), tmp_path, seed=3)
-    assert len(weights) == source.layout.num_blocks * len(source.layout.sites)
+    assert len(weights) == sum(len(block.sites) for block in source.layout.each)
 
     model: Any = load_any(tiny(family), "float32")[0]
     model.requires_grad_(True)
@@ -59,9 +58,7 @@ def test_weights_are_the_squared_gradients_of_the_whole_model(
         return hook
 
     layout = source.layout
-    names = [
-        f"{layout.block_name(i)}.{linear}" for i in range(layout.num_blocks) for linear in layout.linears
-    ]
+    names = list(layout.linears)
     for name in names:
         model.get_submodule(name).register_forward_hook(watch(name))
     sums = {name: torch.zeros(16) for name in names}
@@ -73,7 +70,7 @@ def test_weights_are_the_squared_gradients_of_the_whole_model(
         for name in names:
             sums[name] += gradients[name]
     for i in range(layout.num_blocks):
-        for site in layout.sites:
+        for site in layout.block(i).sites:
             of_site = [pooled(sums[f"{layout.block_name(i)}.{linear}"].double()) for linear in site.linears]
             found = weights[f"{layout.block_name(i)}.{site.name}"]
             torch.testing.assert_close(found, torch.stack(of_site).mean(0), rtol=2e-3, atol=1e-4)

@@ -17,8 +17,7 @@ from lmpress.checkpoint import (
 )
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms.base import float_dtype
-from lmpress.source import open_source
-from lmpress.stream.text import load_dense
+from lmpress.source import load_dense, open_source
 
 
 def load(directory: str | Path, *, verify: bool = True, resident: str | None = None, **options: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
@@ -81,7 +80,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: bytes) -> Any:
-    """JSON in UTF-8, a byte order mark or not. ValueError: it is none, or a key stands twice."""
+    """JSON in UTF-8, with or without a byte order mark. ValueError for all else, or a key there twice."""
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except RecursionError:
@@ -181,10 +180,3 @@ def shard_paths(directory: Path) -> list[Path]:
             f"{directory} holds pickled weights, which lmpress does not open; convert them to safetensors"
         )
     raise RequestError(f"{directory} has no weights: no {SINGLE} and no {INDEX}")
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a small file whole or not at all."""
-    temporary = target.with_name(target.name + ".part")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)

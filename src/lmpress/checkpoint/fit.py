@@ -17,20 +17,26 @@ def check_fit(model: Any, forms: Mapping[str, Form]) -> None:
             have different numbers of neurons.
     """
     layout = layout_of(model.config)
-    neurons: dict[int, int] = {}
+    places = {
+        f"{layout.block_name(i)}.{linear}": (i, linear)
+        for i in range(layout.num_blocks)
+        for linear in layout.block(i).linears
+    }
+    widths: dict[int, int] = {}
     for name, form in forms.items():
         full = _shape(model, name)
-        index, local = _place(name, layout.blocks)
-        found = layout.block(index).neurons if index is not None else None
-        rows = found.parts(local) if found is not None else 0
-        sides = [form.shape[0], form.shape[1]]
-        side = 0 if rows else 1 if found is not None and local == found.output else None
-        if side is not None and index is not None and 1 <= sides[side] <= full[side]:
-            count, rest = divmod(sides[side], max(1, rows))
-            if rest or neurons.setdefault(index, count) != count:
-                raise ValueError(f"{name} has {count} neurons, and its block {neurons.get(index)}")
-            sides[side] = full[side]
-        if tuple(sides) != full:
+        fits = [found == wanted for found, wanted in zip(form.shape, full, strict=True)]
+        if name in places:
+            index, linear = places[name]
+            neurons = layout.block(index).neurons
+            parts, reads = neurons.parts(linear), linear == neurons.output
+            if parts or reads:
+                side = 1 if reads else 0
+                width, rest = divmod(form.shape[side], parts or 1)
+                fits[side] = 1 <= form.shape[side] <= full[side] and not rest
+                if widths.setdefault(index, width) != width:
+                    raise ValueError(f"{name} has {width} neurons, its block {widths[index]}")
+        if not all(fits):
             raise ValueError(f"{name} is described as {form.shape}, and the config asks for {full}")
 
 

@@ -87,7 +87,7 @@ def stored_bits_per_weight(path: str | Path, config: Any, skeleton: Any = None) 
         RequestError: if the family is not supported, or a file is missing or damaged.
     """
     path = Path(path)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _gguf_bits_per_weight(path)
     stored = stored_tensors(path)
     skeleton = dense_skeleton(config) if skeleton is None else skeleton

@@ -143,6 +143,10 @@ class ScaledCodes(Form):
         apart = [torch.empty(size, dtype=torch.int32, device="meta") for size in sizes]
         return cls(codes, *empty_scales(shape, description), *apart)
 
+    @property
+    def storage(self) -> str:
+        return "scaled codes"
+
     def check(self) -> None:
         if self.overflow is None or self.starts is None:
             return
@@ -150,10 +154,6 @@ class ScaledCodes(Form):
         ordered = int(starts[0]) == 0 and int(starts[-1]) == len(columns) and bool((starts.diff() >= 0).all())
         if not ordered or int(columns.min()) < 0 or int(columns.max()) >= self.shape[1]:
             raise ValueError("the places of codes beyond a byte are damaged")
-
-    @property
-    def storage(self) -> str:
-        return "scaled codes"
 
     @property
     def formula(self) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lmpress.checkpoint import sha256_file, write_tensors
 from lmpress.errors import LmpressError
+from lmpress.methods.damping import LinAlgError
 from lmpress.pipeline.block import rewrite_early
 from lmpress.pipeline.journal import Journal, file_entry
 from lmpress.pipeline.setting import Setting
@@ -185,5 +186,5 @@ def _failing() -> Iterator[None]:
     """Say that it was the survey that failed."""
     try:
         yield
-    except (ValueError, torch.linalg.LinAlgError) as error:
+    except (ValueError, LinAlgError) as error:
         raise LmpressError(f"the survey of the blocks: {error}") from error

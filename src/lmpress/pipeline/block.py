@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lmpress.errors import LmpressError
 from lmpress.families import BlockLayout, Site
 from lmpress.forms import Dense, Form
+from lmpress.methods.damping import LinAlgError
 from lmpress.pipeline.feeds import Fed, feed_with
 from lmpress.pipeline.reports import error_report, plain_report
 from lmpress.plan import Plan
@@ -212,6 +213,8 @@ class BlockTask:
             rewritten = step.rewrite(form, None if gathered is None else gathered.statistics, context)
             if step.needs_original and rewritten.form is not form:
                 cross = None  # it has made up for what strayed: another one would do so twice
+            if rewritten.target is not None:
+                target = rewritten.target  # a later step that fits to anything else would undo the move
             form = rewritten.form
             reports.append({"step": step.kind} | rewritten.report)
         form = store(form, self.plan.dtype)
@@ -245,7 +248,7 @@ def _naming(module: str) -> Iterator[None]:
     """Say of which module a method failed."""
     try:
         yield
-    except (ValueError, torch.linalg.LinAlgError) as error:
+    except (ValueError, LinAlgError) as error:
         raise LmpressError(f"{module}: {error}") from error
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lmpress.checkpoint import sha256_file, write_tensors
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms import Dense, Form
+from lmpress.methods.damping import LinAlgError
 from lmpress.pipeline.assemble import assemble, discard, sizes
 from lmpress.pipeline.beforehand import Beforehand
 from lmpress.pipeline.block import BlockResult, BlockTask
@@ -195,7 +195,7 @@ class Run:
                 try:
                     metric = allocation.table(name, self.source.layout)
                     rewritten = rewrite_outer(Dense(weight), name, self.plan, metric)
-                except (ValueError, torch.linalg.LinAlgError) as error:
+                except (ValueError, LinAlgError) as error:
                     raise LmpressError(f"{name}: {error}") from error
                 forms[name], report[name] = rewritten.form, rewritten.report
         stored = outer_tensors(self.source, forms, tensors, self.plan.dtype)

@@ -15,8 +15,12 @@ from lmpress.source.blocks import (
     set_form,
     store,
 )
+from lmpress.source.dense_model import load_dense
 from lmpress.source.equal import as_recipe_reads
-from lmpress.source.model import GgufSource, ModelSource, SafetensorsSource, open_source
+from lmpress.source.gguf_source import GgufSource
+from lmpress.source.model import ModelSource
+from lmpress.source.opening import open_source
+from lmpress.source.safetensors_source import SafetensorsSource
 
 __all__ = [
     "Descriptions",
@@ -29,6 +33,7 @@ __all__ = [
     "current_form",
     "dense_block",
     "dense_outer",
+    "load_dense",
     "open_source",
     "outer_tensors",
     "restored_block",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lmpress.errors import RequestError
 from lmpress.recipes import Equality, Recipe
+from lmpress.source.accounting import Stored
 from lmpress.source.model import ModelSource
 
 
@@ -28,6 +30,13 @@ class EqualSource(ModelSource):
             read = self._inner.read(self._equality.reads(name))
             result[name] = self._equality.tensor(name, read)
         return result
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        return self._inner.tensors
+
+    def _beside(self) -> Iterable[bytes]:
+        return (self._equality.told.encode(),)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -25,9 +25,8 @@ from lmpress.corpora import (
     split_specs,
 )
 from lmpress.errors import RequestError
-from lmpress.families import skeleton
 from lmpress.progress import note
-from lmpress.source import ModelSource
+from lmpress.source import ModelSource, load_dense
 
 CALIBRATION = "calibration.safetensors"
 """The token ids that calibration and recovery saw, kept so that evaluation can refuse them."""
@@ -138,14 +137,3 @@ def borrowed_text(
 def small_ids(windows: Tensor) -> Tensor:
     """Token ids in the smallest type that holds them, for the checkpoint."""
     return windows.to(torch.uint16 if int(windows.max()) < 1 << 16 else torch.int32)
-
-
-def load_dense(source: ModelSource, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """The whole dense model in memory: only for what cannot be streamed, such as writing text."""
-    model = skeleton(source.config, dtype)
-    state = {name: tensor.to(dtype) for name, tensor in source.read(source.names).items()}
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model.to(device).eval()

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from lmpress.families import BlockLayout, Feed, Layout, Rows, Site
-from lmpress.forms import Form
+from lmpress.forms import Dense, Form
 from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import RoundOptions, parse_granularity
 from lmpress.recipes.equality import Equality
@@ -249,7 +249,17 @@ class LeafStep(FormStep):
         return Rewritten(
             form.with_parts({name: one.form for name, one in made.items()}),
             {"parts": {name: one.report for name, one in made.items()}},
+            _moved(form, {name: one.target for name, one in made.items()}),
         )
+
+
+def _moved(form: Form, targets: Mapping[str, Tensor | None]) -> Tensor | None:
+    """What an expression was fitted to, where some of its parts were moved; None where none was."""
+    if all(target is None for target in targets.values()):
+        return None
+    parts = {part.name: part.form for part in form.parts()}
+    moved = {name: Dense(target) for name, target in targets.items() if target is not None}
+    return form.with_parts(parts | moved).dense()
 
 
 class SiteStep(Step, ABC):

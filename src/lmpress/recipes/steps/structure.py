@@ -70,7 +70,7 @@ class PruneNeurons(SiteStep):
         return f"prune_neurons comes before {before} of the same MLP" if before else None
 
     def overlaps(self, other: Step) -> bool:
-        return "mlp" in other.targets
+        return "mlp" in other.targets or super().overlaps(other)
 
     def sites(self, block: BlockLayout) -> tuple[Site, ...]:
         return (block.site_of(block.neurons.output),)

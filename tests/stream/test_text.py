@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import lmpress
 from lmpress.errors import RequestError
-from lmpress.pipeline import calibration_text, open_source
+from lmpress.source import open_source
+from lmpress.stream.text import calibration_text
 from tests.tiny import save_tiny, tiny_text
 
 GPTQ = [{"quantize": {"bits": 4, "solver": "gptq"}}]
