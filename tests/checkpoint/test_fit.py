@@ -33,7 +33,7 @@ def test_neurons_may_not_be_more_or_none(neurons: dict[str, int]) -> None:
 
 
 def test_a_block_has_one_number_of_neurons() -> None:
-    with pytest.raises(ValueError, match="down_proj has 40 neurons, and its block 48"):
+    with pytest.raises(ValueError, match="down_proj has 40 neurons, its block 48"):
         check_fit(tiny_model("llama"), block({"gate_proj": 48, "up_proj": 48, "down_proj": 40}))
 
 

@@ -43,8 +43,8 @@ from lmpress.pipeline.journal_line import SEAL, sealed
 from lmpress.recipes import load_recipe
 from lmpress.source import open_source
 from tests.fuzz import damage
-from tests.source.test_model import write_gguf
 from tests.tiny import save_tiny, tiny_model, tiny_text
+from tests.tiny_gguf import write_gguf
 
 EVERY_FORM: dict[str, Any] = {
     "name": "every-form",
@@ -103,7 +103,7 @@ class Samples:
         self.model = save_tiny("llama", root / "model")
         self.gguf = root / "gguf" / "model.gguf"
         self.gguf.parent.mkdir()
-        write_gguf(tiny_model("llama"), "llama", "tiny", self.gguf)
+        write_gguf(tiny_model("llama"), "llama", self.gguf)
         self.numbers = damage.gguf_numbers(self.gguf)
         self.text = root / "text.txt"
         self.text.write_text(tiny_text(6000, seed=1))

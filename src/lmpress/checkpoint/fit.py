@@ -40,13 +40,6 @@ def check_fit(model: Any, forms: Mapping[str, Form]) -> None:
             raise ValueError(f"{name} is described as {form.shape}, and the config asks for {full}")
 
 
-def _place(name: str, blocks: str) -> tuple[int | None, str]:
-    """The block that a module of the model is in, None for none, and its name there."""
-    number, _, local = name.removeprefix(f"{blocks}.").partition(".")
-    inside = name.startswith(f"{blocks}.") and number.isdecimal()
-    return (int(number), local) if inside else (None, name)
-
-
 def _shape(model: Any, name: str) -> tuple[int, int]:
     try:
         rows, columns = model.get_submodule(name).weight.shape
