@@ -53,6 +53,15 @@ def test_a_gguf_tensor_of_fewer_rows_than_its_heads_have(tmp_path: Path) -> None
     _refused(path)
 
 
+def test_a_gguf_file_of_no_key_and_value_heads(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(tiny_model("llama"), "llama", path)
+    field = gguf.GGUFReader(path, "r+").get_field("llama.attention.head_count_kv")
+    assert field is not None
+    field.parts[-1][0] = 0
+    _refused(path)
+
+
 def _refused(path: Path) -> None:
     with pytest.raises(RequestError) as refusal:
         _read(path)

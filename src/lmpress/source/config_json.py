@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from lmpress.checkpoint import read_json
+from lmpress.checkpoint import check_bounds, read_json
 from lmpress.errors import RequestError
 from lmpress.families import layout_of
 from lmpress.progress import note
@@ -68,6 +68,7 @@ def read_config(directory: Path) -> Any:
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise RequestError(f"{path} names no model_type: it is not the config of a model")
     _refuse_quantized(path, raw)
+    check_bounds(directory)  # before a model of such a size is built
     config = _built(path, raw)
     layout_of(config)
     _check_architectures(path, raw)
