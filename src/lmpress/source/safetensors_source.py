@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmpress.checkpoint import INDEX, SINGLE, check_bounds, read_header, shard_paths
+from lmpress.checkpoint import INDEX, SINGLE, read_header, shard_paths
 from lmpress.errors import RequestError
 from lmpress.source.accounting import Stored, account_for_rest, settle
 from lmpress.source.companions import copy_companions
@@ -45,7 +45,6 @@ class SafetensorsSource(ModelSource):
 
     def __init__(self, directory: Path, name: str | None = None) -> None:
         self.directory = directory
-        check_bounds(directory)  # before a model of such a size is built
         super().__init__(name or str(directory), read_config(directory))
         self._shards = shard_paths(directory)
         single = directory / SINGLE
