@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lmpress.pipeline.activations import Activations, Spooled
+from lmpress.stream.activations import Activations, Spooled
 
 SHAPE = (3, 4, 5)
 
