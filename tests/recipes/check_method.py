@@ -74,12 +74,12 @@ def context(step: FormStep, dense: Tensor, x: Tensor | None = None) -> LeafConte
         seed=5,
         weight=dense,
         sensitivity=torch.rand(rows, generator=torch.Generator().manual_seed(13)) + 0.1,
+        probability=torch.rand(rows, generator=torch.Generator().manual_seed(12)) + 0.1,
         cross=(0.3 * x.roll(1, 1)).T @ x / len(x),
     )
-    if not step.shares_budget:
-        return told
     size = float(dense.square().mean().sqrt() * x.square().mean().sqrt())
-    return replace(told, bits=5, grid_step=0.1 * size or 0.1, rank=max(1, min(rows, columns) // 4), keep=0.6)
+    shares = {"bits": 5, "rate": 0.1 * size or 0.1, "ranks": max(1, min(rows, columns) // 4), "density": 0.6}
+    return told if step.budget is None else replace(told, share=shares[step.budget])
 
 
 def made(
@@ -254,9 +254,12 @@ def needs_are_honest(step: FormStep, start: Start) -> None:
         other = made(step, start, dense, statistics, cross=None)
         assert equal(whole, other.form), f"{step!r} uses the dense model all the same"
         assert other.target is None
-    if not step.shares_budget and not step.weighs_tokens:
+    if step.budget is None:
         other = made(step, start, dense, statistics, sensitivity=None)
         assert equal(whole, other.form), f"{step!r} uses sensitivities all the same"
+    if not step.weighs_tokens:
+        other = made(step, start, dense, statistics, probability=None)
+        assert equal(whole, other.form), f"{step!r} uses the probabilities of tokens all the same"
 
 
 def permuted_rows_are_permuted(step: FormStep, start: Start) -> None:

@@ -67,8 +67,10 @@ def _reason(directory: Path, error: Exception) -> str:
     marked = [name for name in DECIDING if _is_marked(directory / name)]
     if marked:
         return f"{directory / marked[0]} begins with a byte order mark; save it as UTF-8 without one"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
+    told = " ".join(str(error).split()) or repr(error)
+    if any((directory / name).is_file() for name in DECIDING):
+        return told[:200]
+    return f"put its files (tokenizer.json and tokenizer_config.json) beside the weights ({told[:120]})"
 
 
 def _is_marked(path: Path) -> bool:
