@@ -26,7 +26,7 @@ from tests.fuzz.readers import READERS, Reader, Samples, outcome
 
 @dataclass
 class Row:
-    """What one reader did; seconds and bytes of its worst input."""
+    """What one reader did; seconds of the processor and bytes of its worst input."""
 
     counts: dict[str, int] = field(default_factory=lambda: {"refused": 0, "accepted": 0, "fault": 0})
     seconds: float = 0.0
@@ -43,7 +43,7 @@ def resident(key: str) -> int:
 def try_one(reader: Reader, samples: Samples, folder: Path, seed: str, row: Row) -> None:
     """One damaged input; what it took goes into `row`."""
     Path("/proc/self/clear_refs").write_text("5")
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start = resident("VmRSS"), time.process_time()
     try:
         told = outcome(reader, samples, folder, Random(seed))
     except Exception as fault:  # that is what is looked for
@@ -55,7 +55,7 @@ def try_one(reader: Reader, samples: Samples, folder: Path, seed: str, row: Row)
             print(f"  {reader.name}, seed {seed}: {line}", flush=True)
         row.faults[line] = row.faults.get(line, 0) + 1
     row.counts[told] += 1
-    row.seconds = max(row.seconds, time.perf_counter() - start)
+    row.seconds = max(row.seconds, time.process_time() - start)
     row.bytes = max(row.bytes, resident("VmHWM") - before)
 
 

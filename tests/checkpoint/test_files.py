@@ -1,8 +1,11 @@
-"""JSON and safetensors headers: the damaged is refused in one line, what is let through libraries read."""
+"""Files are whole or not there; the damaged is refused in one line, what is let through libraries read."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lmpress.checkpoint import is_plain_name, read_header, read_json, read_tensors
+from lmpress.checkpoint import (
+    copy_file,
+    is_plain_name,
+    json_text,
+    read_header,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from lmpress.errors import RequestError
 
 
@@ -97,3 +110,52 @@ def test_names_that_lead_nowhere_else() -> None:
     assert is_plain_name("model-00001-of-00002.safetensors")
     for name in ("", ".", "..", "a/b", "/a", "../a", "a\0b", "\ud800", 3, None, ["a"]):
         assert not is_plain_name(name), name
+
+
+def copied(path: Path) -> None:
+    source = path.with_name("source")
+    source.write_bytes(b"x")
+    try:
+        copy_file(source, path)
+    finally:
+        source.unlink()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_bytes(path, b"x"),
+        lambda path: write_json(path, {"x": 1}),
+        lambda path: write_tensors(path, {"x": torch.zeros(3)}),
+        copied,
+    ],
+    ids=["bytes", "json", "tensors", "copy"],
+)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_nothing_is_left_of_a_write_that_failed(
+    number: int, write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "file"
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=r"file") as caught:
+        write(path)
+    assert (caught.value.errno, caught.value.filename) == (number, str(path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "x.safetensors"
+    with pytest.raises(OSError, match=r"x\.safetensors") as caught:
+        write_tensors(path, {"x": torch.zeros(3)})  # safetensors tells it in words
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_json_is_json() -> None:
+    told = {"nan": float("nan"), "far": [float("inf"), 1.5], 3: ("é", None)}
+    assert json.loads(json_text(told)) == {"nan": None, "far": [None, 1.5], "3": ["é", None]}
+    assert "é" in json_text("é")
+    assert json_text("é", encoding="ascii") == '"\\u00e9"'
+    assert json.loads(json_text("not \udcff UTF-8")) == "not \udcff UTF-8"

@@ -52,3 +52,15 @@ def test_a_block_has_one_number_of_neurons() -> None:
 def test_what_is_no_matrix_of_the_model(name: str, shape: tuple[int, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_fit(tiny_model("llama"), {name: Dense(torch.empty(shape, device="meta"))})
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(192, True), (96, True), (2, True), (95, False), (194, False)])
+def test_fused_rows_are_two_to_a_neuron(rows: int, fits: bool) -> None:
+    name, form = "model.layers.0.mlp.gate_up_proj", Dense(torch.empty(rows, 64, device="meta"))
+    down = Dense(torch.empty(64, rows // 2, device="meta"))
+    forms = {name: form, "model.layers.0.mlp.down_proj": down}
+    if fits:
+        check_fit(tiny_model("phi3"), forms)
+        return
+    with pytest.raises(ValueError, match="gate_up_proj"):
+        check_fit(tiny_model("phi3"), forms)

@@ -352,12 +352,18 @@ def make_weights(samples: Samples, folder: Path, rng: Random) -> Path:
     shutil.copytree(samples.checkpoint, folder, dirs_exist_ok=True)
     path = folder / rng.choice(samples.shards).name
     path.write_bytes(damage.damaged_safetensors(path.read_bytes(), rng))
-    if rng.random() < 0.5:
-        manifest = json.loads((folder / "lmpress.json").read_text())
-        told = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        manifest["files"][path.name] = told
-        (folder / "lmpress.json").write_text(json.dumps(manifest))
+    _forge(path, rng)
     return folder
+
+
+def _forge(path: Path, rng: Random) -> None:
+    """Let the manifest call a file healthy, or not."""
+    if rng.random() < 0.5:
+        return
+    manifest = json.loads((path.parent / "lmpress.json").read_text())
+    told = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    manifest["files"][path.name] = told
+    (path.parent / "lmpress.json").write_text(json.dumps(manifest))
 
 
 def make_manifest(samples: Samples, folder: Path, rng: Random) -> Path:
@@ -395,6 +401,7 @@ def make_calibration(samples: Samples, folder: Path, rng: Random) -> tuple[Path,
     shutil.copytree(samples.checkpoint, target)
     path = target / "calibration.safetensors"
     path.write_bytes(damage.damaged_safetensors(path.read_bytes(), rng))
+    _forge(path, rng)
     return target, samples.other
 
 

@@ -53,6 +53,8 @@ def test_shapes_that_do_not_fit() -> None:
         check_layer(WEIGHT[0])
     with pytest.raises(ValueError, match=r"statistics of 6 inputs do not fit a weight of \(4, 5\)"):
         check_layer(WEIGHT[:, :5], STATISTICS)
+    with pytest.raises(ValueError, match=r"statistics of 6 inputs do not fit a weight of \(4, 7\)"):
+        check_layer(torch.zeros(4, 7), STATISTICS)
     with pytest.raises(ValueError, match=r"Hessian of \(5, 5\) does not fit"):
         check_layer(WEIGHT, replace(STATISTICS, hessian=torch.eye(5)))
     with pytest.raises(ValueError, match=r"cross matrix of \(4, 4\) does not fit"):

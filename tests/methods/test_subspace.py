@@ -60,3 +60,29 @@ def test_balancing_keeps_the_product() -> None:
     assert float(a.square().mean() / b.square().mean()) == pytest.approx(1)
     zero, nothing = balanced(left, torch.zeros_like(right))
     assert not (zero @ nothing).any()
+
+
+def test_balancing_leaves_components_of_no_size_alone() -> None:
+    left, right, _ = project_exactly(torch.randn(12, 9, dtype=torch.float64), None, 5)
+    right[3] = 0
+    right[4] *= 1e-40
+    a, b = balanced(left, right)
+    assert bool(torch.isfinite(a).all() & torch.isfinite(b).all())
+    torch.testing.assert_close(a @ b, left @ right)
+
+
+def test_a_metric_with_eigenvalues_that_rounding_made_negative() -> None:
+    weight, _, _ = layer(24, 10)
+    turn = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(1))).Q.double()
+    known = torch.tensor([5.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0, -1e-9, -1e-8, -1e-7], dtype=torch.float64)
+    left, right, _ = project_exactly(weight, turn * known @ turn.T, 4)
+    assert bool(torch.isfinite(left).all())
+    rest = (weight.double() - left @ right) @ turn[:, :4]
+    assert float(rest.norm()) < 1e-6 * float(weight.norm())  # all that the metric sees
+
+
+def test_components_share_their_size_by_its_fourth_root() -> None:
+    left, right, _ = project_exactly(torch.randn(12, 9, dtype=torch.float64), None, 5)
+    a, _ = balanced(left, right)
+    sizes = a.norm(dim=0) / a.norm(dim=0)[0]
+    torch.testing.assert_close(sizes, (right.norm(dim=1) / right.norm(dim=1)[0]).pow(0.25))

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from lmpress.forms import LowRank
-from lmpress.methods.svd_llm import SvdLlmOptions, factor_cost, ranks_for_budget, spectrum, svd_llm
+from lmpress.methods.svd_llm import (
+    SvdLlmOptions,
+    factor_cost,
+    ranks_for_budget,
+    row_weights,
+    spectrum,
+    svd_llm,
+)
 from tests.methods.layers import layer, output_error, statistics_of
 from tests.methods.test_subspace import whitened_tail
 
@@ -126,3 +133,10 @@ def test_what_is_refused() -> None:
         ranks_for_budget(spectra(), SHAPES[:2], 0.5)
     with pytest.raises(ValueError, match="ratio"):
         SvdLlmOptions(ratio=1.5)
+
+
+def test_rows_weigh_the_root_of_their_sensitivity() -> None:
+    """An output that no gradient was seen for counts as a ten-thousandth of the mean, and not as nothing."""
+    found = row_weights(torch.tensor([4.0, 0.0, 2.0]))
+    torch.testing.assert_close(found.square(), torch.tensor([4.0, 2e-4, 2.0]))
+    assert row_weights(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]

@@ -22,7 +22,10 @@ def coded(bits: float) -> dict[str, Any]:
 
 def test_a_survey_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
     assert kept_survey(tmp_path / "none", "a") is None
-    survey, tensors = {"tokens": 3, "budgets": {"0": {"curves": {}}}}, {"x": torch.arange(4.0)}
+    survey, tensors = (
+        {"tokens": 3, "budgets": {"0": {"curves": {}}}, "worst": float("inf")},
+        {"x": torch.arange(4.0)},
+    )
     keep_survey(tmp_path, "a", survey, tensors)
     kept = kept_survey(tmp_path, "a")
     assert kept is not None

@@ -10,9 +10,17 @@ from typing import Any
 
 from lmpress.api.loading import device_of, load
 from lmpress.checkpoint import MANIFEST, read_json
-from lmpress.errors import LmpressError, RequestError
+from lmpress.errors import LmpressError, RequestError, writing
 from lmpress.evaluation import disk_bytes, peak_resident_set
-from lmpress.pipeline import Run, RunOptions, discard, finish_publication, written_files
+from lmpress.pipeline import (
+    Run,
+    RunOptions,
+    at_work,
+    discard,
+    finish_publication,
+    staged_files,
+    written_files,
+)
 from lmpress.plan import make_plan
 from lmpress.recipes import Recipe, load_recipe
 from lmpress.recovery import check_recovery_text, recover_checkpoint
@@ -87,7 +95,8 @@ def compress(
         LmpressError: the work failed.
     """
     options = RunOptions(calibration, device_of(device), memory, resume, force)
-    return compress_with(model, recipe, output, options)
+    with writing(Path(output), "go on with --resume"):
+        return compress_with(model, recipe, output, options)
 
 
 def compress_with(
@@ -96,23 +105,29 @@ def compress_with(
     output: str | Path,
     options: RunOptions,
 ) -> Compressed:
-    """`compress`, with its options in one."""
+    """`compress`, with its options in one. OSError where the system refuses to read or write."""
     start = time.perf_counter()
     target = Path(output).expanduser()
     wanted = load_recipe(recipe)  # before the model is looked for: that may take a download
     check_calibration(options.calibration)
     run = Run(open_source(model), wanted, target, options)
     fresh = not target.exists()
-    if run.prepare():  # a refusal leaves what it found as it was
-        try:
-            _execute(run)
-        except LmpressError as error:
-            # nothing that a resumed run could go on from, or a fault that it would meet again
-            if not run.journal.blocks() or (isinstance(error, RequestError) and not options.resume):
-                run.abandon(fresh)
-            raise
+    with at_work(target, run.source, options.resume or options.force):
+        if run.prepare():  # a refusal leaves what it found as it was
+            _finish(run, fresh)
     manifest = read_json(target / MANIFEST)
     return Compressed(target, manifest, time.perf_counter() - start, peak_resident_set())
+
+
+def _finish(run: Run, fresh: bool) -> None:
+    """Execute a run, and leave no trace of it where nothing comes of it; `fresh` as `Run.abandon` has it."""
+    try:
+        _execute(run)
+    except LmpressError as error:
+        # nothing that a resumed run could go on from, or a fault that it would meet again
+        if not run.journal.blocks() or (isinstance(error, RequestError) and not run.options.resume):
+            run.abandon(fresh)
+        raise
 
 
 def _execute(run: Run) -> None:
@@ -138,8 +153,8 @@ def _execute(run: Run) -> None:
                 run.plan.dtype,
                 run.options.device,
             )
-        new = {path.name for path in staged.iterdir()}
-        run.journal.append({"publishing": staged.name, "stale": sorted(written_files(run.output) - new)})
+        stale = sorted(written_files(run.output) - staged_files(staged))
+        run.journal.append({"publishing": staged.name, "stale": stale})
     finish_publication(run.output)
 
 

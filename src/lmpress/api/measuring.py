@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lmpress.checkpoint import (
     write_bytes,
 )
 from lmpress.corpora import Corpus, check_corpus, evaluation_split, evaluation_windows, load_corpus
-from lmpress.errors import RequestError
+from lmpress.errors import RequestError, writing
 from lmpress.evaluation import (
     Evaluation,
     EvaluationText,
@@ -206,13 +207,16 @@ def inspect(directory: str | Path) -> tuple[dict[str, Any], list[ModuleRow]]:
 
 
 def check_card(directory: Path) -> None:
-    """RequestError where there is no model card to write into."""
+    """RequestError where there is no model card that can be written into."""
     if not is_compressed(directory):
         raise RequestError(f"{directory} is no checkpoint that lmpress wrote: it has no card to write into")
+    if not os.access(directory, os.W_OK):
+        raise RequestError(f"{directory}: permission denied; its card cannot be written into")
 
 
 def write_card(directory: Path, evaluation: Mapping[str, Any]) -> None:
     """Write what was measured into a checkpoint's model card."""
     check_card(directory)
     card = model_card(read_manifest(directory), evaluation)
-    write_bytes(directory / "README.md", card.encode())
+    with writing(directory, "run it again"):
+        write_bytes(directory / "README.md", card.encode(errors="backslashreplace"))

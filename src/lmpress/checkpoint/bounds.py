@@ -15,8 +15,8 @@ from lmpress.families import skeleton
 BLOCKS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 """Keys that count blocks: each has a tensor at least."""
 
-SIDES = ("hidden_size", "head_dim", "d_model", "n_embd")
-"""Keys of sizes for which a model makes real vectors even without its weights."""
+SIDES = ("hidden_size", "head_dim", "d_model", "n_embd", "num_attention_heads", "num_key_value_heads")
+"""Keys of sizes for which a model makes real vectors even without its weights, or that it divides by."""
 
 
 def check_bounds(directory: Path) -> None:
@@ -24,7 +24,8 @@ def check_bounds(directory: Path) -> None:
 
     Raises:
         RequestError: config.json is no object with a `model_type`, or it asks for more blocks than there are
-            tensors, or for a vector that is longer than the files; config or weights are missing or damaged.
+            tensors, for a vector that is longer than the files, or for none of these; config or weights are
+            missing or damaged.
     """
     path = directory / "config.json"
     raw = read_json(path)
@@ -42,7 +43,7 @@ def check_bounds(directory: Path) -> None:
 def _check(path: Path, config: Mapping[str, Any], most: Mapping[str, int], told: str) -> None:
     for key in most.keys() & config.keys():
         value = config[key]
-        if isinstance(value, int | float) and not 0 <= value <= most[key]:
+        if isinstance(value, int | float) and not 1 <= value <= most[key]:
             raise RequestError(f"{path}: {key} is {value}, and {told}; fetch the model again")
 
 

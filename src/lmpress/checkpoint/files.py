@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -14,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmpress.errors import RequestError
+from lmpress.errors import RequestError, naming
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -22,45 +25,80 @@ MANIFEST = "lmpress.json"
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` survive a power cut."""
+    """Make renames in `directory` survive a power cut, where the system syncs directories."""
+    if os.name == "nt":
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(directory):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, whose place it takes when the block has ended well; else it goes.
+
+    Raises:
+        OSError: what the system refused; it names `path`.
+    """
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(path):
+            yield temporary
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     sync_directory(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all. OSError, which names it, where that fails."""
+    with _whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def json_text(data: Any, indent: int = 1, encoding: str = "utf-8") -> str:
+    """JSON, indented: null for what is not finite, and escapes where an `encoding` lacks a character.
+
+    UTF-8 lacks what stands for the bytes of a file name that is none.
+    """
+    plain = _plain(data)
+    text = json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(plain, indent=indent, allow_nan=False)
+    return text
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON, indented and with a newline at its end, whole or not at all."""
-    write_bytes(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json_text(data) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all; equal tensors give equal bytes."""
-    temporary = path.with_name(path.name + ".part")
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-        temporary,
-        metadata={"format": "pt"},  # one key only: the order of several is not defined
-    )
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(temporary, 0o666 & ~mask)  # as any other file; safetensors makes it private
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    with _whole(path) as temporary:
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            temporary,
+            metadata={"format": "pt"},  # one key only: the order of several is not defined
+        )
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # as any other file; safetensors makes it private
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content, of a link what it leads to, whole or not at all."""
+    with open(source, "rb") as file, _whole(target) as temporary, open(temporary, "wb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def sha256_file(path: Path) -> str:
@@ -180,3 +218,14 @@ def shard_paths(directory: Path) -> list[Path]:
             f"{directory} holds pickled weights, which lmpress does not open; convert them to safetensors"
         )
     raise RequestError(f"{directory} has no weights: no {SINGLE} and no {INDEX}")
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they are null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -30,6 +30,7 @@ LENGTHS = (
     "embedding_length",
     "feed_forward_length",
     "head_count",
+    "head_count_kv",
     "key_length",
     "value_length",
     "dimension_count",
@@ -116,7 +117,7 @@ class _Cursor:
         """How many of something follow; refused where the rest of the file cannot hold as many."""
         count = int(self.number("Q"))
         if count * SMALLEST[what] > len(self.data) - self.at:
-            raise ValueError(f"it counts {count} {what}s, more than {len(self.data)} bytes hold")
+            raise ValueError(f"truncated, or it counts wrong: {count} {what}s in {len(self.data)} bytes")
         return count
 
 
@@ -214,6 +215,6 @@ def _placed(
 def _check_sizes(keys: dict[str, Value], tensors: int, size: int) -> None:
     """ValueError where the model would be larger than any that the file can hold."""
     for name, value in keys.items():
-        most = tensors if name.endswith(".block_count") else size if name.endswith(LENGTHS) else value
-        if isinstance(value, int) and isinstance(most, int) and not 0 <= value <= most:
+        most = tensors if name.endswith(".block_count") else size if name.endswith(LENGTHS) else None
+        if isinstance(value, int) and most is not None and not 0 <= value <= most:
             raise ValueError(f"{name} is {value}, and the file has {tensors} tensors in {size} bytes")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmpress import api
-from lmpress.cli.output import parse_bytes, print_json, print_table, stdout
+from lmpress.cli.output import parse_bytes, print_json, print_table, say
 from lmpress.evaluation import evaluation_table
 
 
@@ -51,4 +51,4 @@ def compare(
         print_json(result.to_json())
         return
     print_table(evaluation_table(result.evaluations, title=f"{model}: recipes at real bytes"))
-    stdout.print(f"also in {output}: comparison.json, .csv, .svg, .png", highlight=False)
+    say(f"also in {output}: comparison.json, .csv, .svg, .png")

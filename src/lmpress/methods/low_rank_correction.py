@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Dense, Form, LowRank, Sum
-from lmpress.methods.checks import check_layer
+from lmpress.methods.checks import check_finite, check_layer
 from lmpress.methods.damping import damped
 from lmpress.methods.gptq import GptqOptions, gptq
 from lmpress.methods.hessian import relative_loss
@@ -78,6 +78,7 @@ def low_rank_correction(
         raise ValueError(f"a correction of a form of {form.shape} towards a weight of {tuple(weight.shape)}")
     check_layer(weight, statistics)
     approximation = form.dense().to(weight.device)
+    check_finite({"form to correct": approximation})
     residual = weight.float() - approximation
     rank = min(options.rank, *weight.shape)
     if options.bits is not None and statistics is not None:

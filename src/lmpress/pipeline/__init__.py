@@ -1,8 +1,8 @@
 """A run: the blocks rewritten one by one; the journal that survives a crash."""
 
-from lmpress.pipeline.assemble import assemble, discard, sizes, written_files
+from lmpress.pipeline.assemble import assemble, discard, sizes, staged_files, written_files
 from lmpress.pipeline.journal import WORK, Journal
-from lmpress.pipeline.output import finish_publication
+from lmpress.pipeline.output import at_work, finish_publication
 from lmpress.pipeline.run import Run
 from lmpress.pipeline.setting import RunOptions
 
@@ -12,8 +12,10 @@ __all__ = [
     "Run",
     "RunOptions",
     "assemble",
+    "at_work",
     "discard",
     "finish_publication",
     "sizes",
+    "staged_files",
     "written_files",
 ]

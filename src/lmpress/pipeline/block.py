@@ -213,8 +213,8 @@ class BlockTask:
             rewritten = step.rewrite(form, None if gathered is None else gathered.statistics, context)
             if step.needs_original and rewritten.form is not form:
                 cross = None  # it has made up for what strayed: another one would do so twice
-            if rewritten.target is not None:
-                target = rewritten.target  # a later step that fits to anything else would undo the move
+            if rewritten.target is not None:  # a later step that fits to anything else would undo the move
+                target = target + (rewritten.target - form.dense())
             form = rewritten.form
             reports.append({"step": step.kind} | rewritten.report)
         form = store(form, self.plan.dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmpress.checkpoint import sha256_file, sync_directory
+from lmpress.errors import naming
 from lmpress.pipeline.journal_line import sealed, unsealed
 
 WORK = ".lmpress-work"
@@ -47,7 +48,7 @@ class Journal:
     def append(self, entry: dict[str, Any]) -> None:
         """Record that something is finished; what it speaks of has to be on the disk by now."""
         line, seal = sealed(entry, self._seal)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from lmpress.source.gguf_source import GgufSource
 from lmpress.source.model import ModelSource
 from lmpress.source.opening import open_source
 from lmpress.source.safetensors_source import SafetensorsSource
+from lmpress.source.tokenizer_files import read_tokenizer
 
 __all__ = [
     "Descriptions",
@@ -36,6 +37,7 @@ __all__ = [
     "load_dense",
     "open_source",
     "outer_tensors",
+    "read_tokenizer",
     "restored_block",
     "restored_outer",
     "run_as_restored",

@@ -6,13 +6,14 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from reprlib import repr as short
 from types import SimpleNamespace
 from typing import Any
 
 from transformers import CONFIG_MAPPING, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from lmpress.checkpoint import read_json
+from lmpress.checkpoint import check_bounds, read_json
 from lmpress.errors import RequestError
 from lmpress.families import layout_of
 from lmpress.progress import note
@@ -67,6 +68,7 @@ def read_config(directory: Path) -> Any:
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise RequestError(f"{path} names no model_type: it is not the config of a model")
     _refuse_quantized(path, raw)
+    check_bounds(directory)  # before a model of such a size is built
     config = _built(path, raw)
     layout_of(config)
     _check_architectures(path, raw)
@@ -108,7 +110,7 @@ def _built(path: Path, raw: Mapping[str, Any]) -> Any:
             copy.deepcopy({key: value for key, value in raw.items() if not QUANTIZED.search(key)})
         )
     except Exception as error:  # transformers raises whatever the file made it raise
-        told = " ".join(str(error).split()) or repr(error)
+        told = " ".join(str(error).split())[:400] or repr(error)
         raise RequestError(f"{path} is no config that transformers reads: {told}") from None
 
 
@@ -116,7 +118,10 @@ def _check_architectures(path: Path, raw: Mapping[str, Any]) -> None:
     """A model with another head on the same body is no causal language model."""
     model_type = raw["model_type"]
     known = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], MODEL_MAPPING_NAMES[model_type]}
-    for name in raw.get("architectures") or ():
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise RequestError(f"{path}: architectures is a list of names, not {short(architectures)}")
+    for name in architectures:
         if str(name).casefold() in {one.casefold() for one in known}:
             continue
         if not str(name).casefold().endswith("forcausallm"):
@@ -155,9 +160,9 @@ def _check_rope(path: Path, config: Any) -> None:
     """Refuse rotary frequencies that the families do not compute; tell of parameters that play no part."""
     for rope in _ropes(getattr(config, "rope_parameters", None)):
         kind = rope.get("rope_type", "default")
-        if kind not in ROPE:
+        if not isinstance(kind, str) or kind not in ROPE:
             raise RequestError(
-                f"{path} has rotary frequencies of type {kind!r}; lmpress reads {', '.join(ROPE)}"
+                f"{path} has rotary frequencies of type {short(kind)}; lmpress reads {', '.join(ROPE)}"
             )
         if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise RequestError(

@@ -103,12 +103,13 @@ def _values(file: GgufFile, architecture: Architecture) -> Values:
 
 def _heads(file: GgufFile, values: Values) -> Values:
     heads = values["num_attention_heads"]
-    if not heads:
+    groups = file.own("attention.head_count_kv", heads)
+    if not heads or not groups:
         raise RequestError(f"{file.path} has no attention heads")
     head_dim = int(file.own("attention.key_length", values["hidden_size"] // heads))
     file.require("attention.value_length", head_dim)
     file.require("rope.dimension_count", head_dim)
-    return {"head_dim": head_dim, "num_key_value_heads": file.own("attention.head_count_kv", heads)}
+    return {"head_dim": head_dim, "num_key_value_heads": groups}
 
 
 def _vocabulary(file: GgufFile) -> Values:

@@ -6,10 +6,14 @@ from pathlib import Path
 
 from lmpress.corpora.demo_model import demo_gguf
 from lmpress.errors import RequestError
+from lmpress.source.companions import TERMS
 from lmpress.source.gguf_file import is_gguf
 from lmpress.source.gguf_source import GgufSource
 from lmpress.source.model import ModelSource
 from lmpress.source.safetensors_source import SafetensorsSource
+
+WEIGHTS_AND_WORDS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+"""What is fetched from a hub, beside the terms of use."""
 
 
 def open_source(model: str | Path) -> ModelSource:
@@ -37,9 +41,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
-        )
+        return Path(snapshot_download(name, allow_patterns=[*WEIGHTS_AND_WORDS, *TERMS]))
     except Exception as error:  # the hub's client raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(

@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmpress.checkpoint import INDEX, SINGLE, check_bounds, read_header, shard_paths
+from lmpress.checkpoint import INDEX, SINGLE, read_header, shard_paths
 from lmpress.errors import RequestError
 from lmpress.source.accounting import Stored, account_for_rest, settle
+from lmpress.source.companions import copy_companions
 from lmpress.source.config_json import read_config
 from lmpress.source.model import ModelSource
-from lmpress.source.tokenizer_files import DECIDING, copy_files, read_tokenizer
+from lmpress.source.tokenizer_files import DECIDING, read_tokenizer
 
 DENSE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """The types of a safetensors file that weights are read from."""
@@ -44,7 +45,6 @@ class SafetensorsSource(ModelSource):
 
     def __init__(self, directory: Path, name: str | None = None) -> None:
         self.directory = directory
-        check_bounds(directory)  # before a model of such a size is built
         super().__init__(name or str(directory), read_config(directory))
         self._shards = shard_paths(directory)
         single = directory / SINGLE
@@ -142,7 +142,7 @@ class SafetensorsSource(ModelSource):
         return read_tokenizer(self.directory, None, self.name, self.config)
 
     def copy_tokenizer(self, directory: Path) -> None:
-        copy_files(self.directory, directory)
+        copy_companions(self.directory, directory)
 
     def _beside(self) -> Iterable[bytes]:
         return ((self.directory / n).read_bytes() for n in DECIDING if (self.directory / n).is_file())

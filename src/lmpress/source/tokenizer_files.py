@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from lmpress.checkpoint import write_bytes
 from lmpress.errors import RequestError
 from lmpress.progress import note
 
@@ -23,9 +22,6 @@ DECIDING = (
     "merges.txt",
 )
 """What decides which ids a text becomes."""
-
-TOKENIZER_FILES = (*DECIDING, "chat_template.jinja", "generation_config.json")
-"""What is copied beside the weights: text that a tokenizer or a generation reads, and no code."""
 
 
 def read_tokenizer(directory: Path, gguf: str | None, name: str, config: Any) -> Any:
@@ -67,15 +63,8 @@ def check_vocabulary(name: str, words: int, all_words: int, rows: int) -> None:
         note(f"{name}: the embedding has no row for {all_words - rows} of the tokens added to its tokenizer")
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer, without the byte order marks that transformers does not read."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            write_bytes(target / name, (source / name).read_bytes().removeprefix(codecs.BOM_UTF8))
-
-
 def _reason(directory: Path, error: Exception) -> str:
-    marked = [name for name in TOKENIZER_FILES if _is_marked(directory / name)]
+    marked = [name for name in DECIDING if _is_marked(directory / name)]
     if marked:
         return f"{directory / marked[0]} begins with a byte order mark; save it as UTF-8 without one"
     lines = str(error).strip().splitlines()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+CHUNK = 1 << 24
+"""Bytes that are written at once where room is taken by writing zeros."""
 
 
 class Activations:
@@ -26,6 +32,7 @@ class Activations:
             self._data = torch.empty(shape)
         else:
             self._file = tempfile.NamedTemporaryFile(dir=directory, prefix="activations-")  # noqa: SIM115
+            _reserve(self._file, size)
             self._data = torch.from_file(self._file.name, shared=True, size=size // 4).view(shape)
 
     @property
@@ -63,7 +70,7 @@ class Spooled:
         self.shape = states.shape
         self._file = tempfile.NamedTemporaryFile(dir=directory, prefix="spooled-")  # noqa: SIM115
         for start in range(0, self.shape[0], batch):
-            states[slice(start, start + batch)].numpy().tofile(self._file)
+            self._file.write(states[slice(start, start + batch)].contiguous().numpy().data)
         self._file.flush()
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -75,3 +82,23 @@ class Spooled:
     def close(self) -> None:
         """Delete the file."""
         self._file.close()
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Take the room on the disk now: a mapped file that finds none later kills the process without a word.
+
+    Raises:
+        OSError: there is no room.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    except AttributeError:  # not on this system
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not on this file system
+            raise
+    zeros = bytes(min(size, CHUNK))
+    for start in range(0, size, CHUNK):
+        file.write(zeros[: size - start])
+    file.flush()

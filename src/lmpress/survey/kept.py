@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lmpress.checkpoint import read_json, sha256_file, write_json, write_tensors
+from lmpress.checkpoint import read_json, sha256_file, write_bytes, write_tensors
 from lmpress.errors import RequestError
 from lmpress.plan import Plan
 from lmpress.version import __version__
@@ -57,7 +57,8 @@ def keep_survey(directory: Path, key: str, survey: dict[str, Any], tensors: dict
     directory.mkdir(parents=True, exist_ok=True)
     told, data = _paths(directory, key)
     write_tensors(data, tensors)
-    write_json(told, {"tensors": sha256_file(data), "survey": survey})
+    kept = json.dumps({"tensors": sha256_file(data), "survey": survey})  # as it is: a loss may be infinite
+    write_bytes(told, kept.encode())
 
 
 def kept_survey(directory: Path, key: str) -> Survey | None:
