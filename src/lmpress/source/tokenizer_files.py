@@ -23,6 +23,9 @@ DECIDING = (
 )
 """What decides which ids a text becomes."""
 
+MISSING = "put the model's own files (tokenizer.json) beside its weights"
+"""What to do where none of them is there."""
+
 
 def read_tokenizer(directory: Path, gguf: str | None, name: str, config: Any) -> Any:
     """The tokenizer of a directory, or of the GGUF file `gguf` in it.
@@ -36,6 +39,7 @@ def read_tokenizer(directory: Path, gguf: str | None, name: str, config: Any) ->
     except Exception as error:  # transformers raises whatever the files made it raise
         raise RequestError(
             f"{name} has no tokenizer that transformers reads: {_reason(directory, error)}"
+            f"{'' if gguf is not None or _has_files(directory) else '; ' + MISSING}"
         ) from None
     if gguf is None:  # of a GGUF file the tokens are counted in the file, for transformers adds some
         check_vocabulary(name, tokenizer.vocab_size, len(tokenizer), config.vocab_size)
@@ -71,6 +75,10 @@ def _reason(directory: Path, error: Exception) -> str:
     if any((directory / name).is_file() for name in DECIDING):
         return told[:200]
     return f"put its files (tokenizer.json and tokenizer_config.json) beside the weights ({told[:120]})"
+
+
+def _has_files(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in DECIDING)
 
 
 def _is_marked(path: Path) -> bool:
