@@ -15,7 +15,7 @@ from lmpress.api.measuring import evaluate_many
 from lmpress.checkpoint import read_json, write_bytes, write_json
 from lmpress.corpora import check_corpus
 from lmpress.errors import RequestError, writing
-from lmpress.evaluation import Evaluation, nominal_compression, srcr, tcr
+from lmpress.evaluation import METRICS, Evaluation, nominal_compression, srcr, tcr
 from lmpress.pipeline import RunOptions
 from lmpress.recipes import Recipe, load_recipe
 from lmpress.report import comparison_plot
@@ -122,14 +122,7 @@ def compare(
         RequestError: two recipes of one name, among others.
     """
     loaded = [load_recipe(recipe) for recipe in recipes]
-    names = [recipe.name for recipe in loaded]
-    twice = sorted({name for name in names if names.count(name) > 1 or name in ("dense", SURVEYS)})
-    stray = next((name for name in names if name in ("", ".", "..") or Path(name).name != name), None)
-    if stray is not None:
-        raise RequestError(f"a comparison has a directory a recipe, and {stray!r} cannot name one")
-    if twice or not loaded:
-        told = f"{twice[0]!r} is taken" if twice else "none is given"
-        raise RequestError(f"a comparison needs recipes of different names, and {told}")
+    names = _checked_names(loaded)
     for spec in [text] if isinstance(text, str) else text:
         check_corpus(spec)  # before hours of compression
     target = Path(output).expanduser()
@@ -153,6 +146,19 @@ def compare(
         comparison = Comparison(tuple(rows), target)
         _write(comparison)
     return comparison
+
+
+def _checked_names(recipes: Sequence[Recipe]) -> list[str]:
+    """The names of recipes, each of which becomes a directory. RequestError where they cannot."""
+    names = [recipe.name for recipe in recipes]
+    twice = sorted({name for name in names if names.count(name) > 1 or name in ("dense", SURVEYS)})
+    stray = next((name for name in names if name in ("", ".", "..") or Path(name).name != name), None)
+    if stray is not None:
+        raise RequestError(f"a comparison has a directory a recipe, and {stray!r} cannot name one")
+    if twice or not recipes:
+        told = f"{twice[0]!r} is taken" if twice else "none is given"
+        raise RequestError(f"a comparison needs recipes of different names, and {told}")
+    return names
 
 
 def _compress_all(
@@ -182,7 +188,7 @@ def _flat(told: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the CSV: scalars as they are, a column a text, the speeds spelled out."""
     flat = {k: v for k, v in told.items() if not isinstance(v, dict | list) and k != "reference"}
     for text in told["texts"]:
-        for key in ("perplexity", "kl", "top1_agreement", "tokens", "not_finite"):
+        for key in ("perplexity", *(metric.key for metric in METRICS), "tokens", "not_finite"):
             flat[f"{key} ({text['corpus']})"] = text[key]
     speeds = told["throughput"] or {}
     for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio"):

@@ -1,6 +1,7 @@
 """What a model is worth: perplexity, divergence, size, speed, retention."""
 
 from lmpress.evaluation.evaluate import Evaluation, TextResult, evaluate_models
+from lmpress.evaluation.metrics import METRICS, Estimate, Metric
 from lmpress.evaluation.modules import (
     ModuleRow,
     linear_bits_per_weight,
@@ -30,8 +31,11 @@ from lmpress.evaluation.tables import evaluation_table, human_bytes, module_rows
 from lmpress.evaluation.throughput import Throughput, Timing, throughput, throughput_many
 
 __all__ = [
+    "METRICS",
+    "Estimate",
     "Evaluation",
     "EvaluationText",
+    "Metric",
     "ModuleRow",
     "TextProtocol",
     "TextResult",

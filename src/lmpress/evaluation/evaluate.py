@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,7 @@ class TextResult:
 
     def to_json(self) -> dict[str, Any]:
         """Protocol and score in one flat object; what is not finite is null."""
-        score = {"perplexity": self.score.perplexity, **asdict(self.score)}
-        return {k: _finite(v) for k, v in (score | self.protocol.to_json()).items()}
+        return {k: _finite(v) for k, v in (self.score.to_json() | self.protocol.to_json()).items()}
 
 
 @dataclass(frozen=True)
@@ -195,4 +194,6 @@ def _describe(text: EvaluationText, models: int) -> str:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmpress.errors import RequestError
-from lmpress.evaluation.divergence import ReferenceChunk, Tally, add_chunk
+from lmpress.evaluation.divergence import ReferenceChunk
 from lmpress.evaluation.logits import ChunkedLogits, evaluating
+from lmpress.evaluation.metrics import METRICS, Estimate, Seen, Tally
 from lmpress.progress import note, track
 
 BATCH_TOKENS = 4096
@@ -26,27 +28,62 @@ class TextScore:
 
     Attributes:
         tokens: predicted tokens: every token but the first of its window.
-        loss: mean negative log-likelihood, nats a token.
         not_finite: predicted tokens at whose position the logits are not finite; with one of them the loss is
             NaN.
-        kl: mean KL(reference || model), nats a token; None without a reference; NaN where the logits of
-            either are not finite at any position.
-        top1_agreement: share of positions where model and reference have the same most likely token; None and
-            NaN as for `kl`.
+        estimates: means over the predicted tokens with their standard errors, by the keys of `METRICS`; those
+            that compare are there with a reference only, and NaN where the logits of either are not finite at
+            any position.
         dtype: the dtype of the hidden states, which is the dtype that the model computes in.
     """
 
     tokens: int
-    loss: float
     not_finite: int
-    kl: float | None
-    top1_agreement: float | None
+    estimates: Mapping[str, Estimate]
     dtype: str
+
+    def mean(self, key: str) -> float | None:
+        """The mean of a metric; None where it was not measured."""
+        return self.estimates[key].mean if key in self.estimates else None
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood, nats a token."""
+        return self.estimates["loss"].mean
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL(reference || model), nats a token."""
+        return self.mean("kl")
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Share of positions where model and reference have the same most likely token."""
+        return self.mean("top1_agreement")
 
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if not self.loss > 700 else math.inf
+        return _exp(self.loss)
+
+    @property
+    def change(self) -> Estimate | None:
+        """Of the perplexity, relative to the reference's on the same tokens; None without one."""
+        excess = self.estimates.get("excess_loss")
+        if excess is None:
+            return None
+        ratio = _exp(excess.mean)
+        return Estimate(ratio - 1, None if excess.error is None else ratio * excess.error)
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures in one object, `errors` their standard errors."""
+        told = {metric.key: self.mean(metric.key) for metric in METRICS}
+        errors = {key: estimate.error for key, estimate in self.estimates.items()}
+        sizes = {"tokens": self.tokens, "not_finite": self.not_finite, "dtype": self.dtype}
+        return {"perplexity": self.perplexity, **told, **sizes, "errors": errors}
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if not value > 700 else math.inf
 
 
 def measure(
@@ -78,7 +115,7 @@ def measure(
     windows = [window for window in windows if window.numel() > 1]
     if not windows:
         raise RequestError("the evaluation text has no token to predict: it needs two tokens at least")
-    tallies = {name: Tally() for name in models}
+    tallies = {name: Tally(len(windows)) for name in models}
     batches = list(_batches(windows, batch_tokens))
     with evaluating(models):
         _check_tokens(models, windows)
@@ -87,9 +124,11 @@ def measure(
         if chunk is None:
             chunk = max(1, CHUNK_LOGITS // max(runner.vocabulary for runner in runners.values()))
         dtypes: dict[str, str] = {}
+        done = 0
         for ids in track(batches, description):
-            _add_batch(tallies, runners, ids, reference, chunk, dtypes)
-    return {name: _score(name, tally, reference is not None, dtypes[name]) for name, tally in tallies.items()}
+            _add_batch(tallies, runners, ids, reference, chunk, dtypes, done)
+            done += len(ids)
+    return {name: _score(name, tally, dtypes[name]) for name, tally in tallies.items()}
 
 
 def _batches(windows: Sequence[Tensor], batch_tokens: int) -> Iterator[Tensor]:
@@ -111,13 +150,16 @@ def _add_batch(
     reference: str | None,
     chunk: int,
     dtypes: dict[str, str],
+    first: int,
 ) -> None:
+    """Add a batch of windows, of which the first is the `first` of the text."""
     states: dict[str, Tensor] = {}
     for name, runner in runners.items():
         hidden = runner.states(ids)
         dtypes[name] = str(hidden.dtype).removeprefix("torch.")
         states[name] = hidden[:, :-1].flatten(0, 1)  # (windows * (tokens - 1), width)
     targets = ids[:, 1:].flatten()
+    windows = (first + torch.arange(len(ids))).repeat_interleave(ids.shape[1] - 1)
     order = [name for name in runners if name != reference]
     for start in range(0, targets.numel(), chunk):
         part = slice(start, start + chunk)
@@ -125,11 +167,11 @@ def _add_batch(
         if reference is not None:
             logits = runners[reference].logits(states[reference][part])
             shared = ReferenceChunk.of(logits)
-            add_chunk(tallies[reference], logits, targets[part].to(logits.device), shared)
+            tallies[reference].add(Seen(logits, targets[part].to(logits.device), shared), windows[part])
         for name in order:
             logits = runners[name].logits(states[name][part])
             there = None if shared is None else shared.to(logits.device)
-            add_chunk(tallies[name], logits, targets[part].to(logits.device), there)
+            tallies[name].add(Seen(logits, targets[part].to(logits.device), there), windows[part])
 
 
 def _check_tokens(models: Mapping[str, PreTrainedModel], windows: Sequence[Tensor]) -> None:
@@ -152,18 +194,11 @@ def _check_vocabularies(runners: Mapping[str, ChunkedLogits], reference: str | N
             )
 
 
-def _score(name: str, tally: Tally, compared: bool, dtype: str) -> TextScore:
-    loss = tally.loss / tally.tokens
-    if not math.isfinite(loss):
+def _score(name: str, tally: Tally, dtype: str) -> TextScore:
+    score = TextScore(tally.tokens, tally.not_finite, tally.estimates(), dtype)
+    if not math.isfinite(score.loss):
         note(
-            f"{name}: its loss is {loss}; the model gives logits that are not finite at "
+            f"{name}: its loss is {score.loss}; the model gives logits that are not finite at "
             f"{tally.not_finite} of {tally.tokens} positions"
         )
-    return TextScore(
-        tokens=tally.tokens,
-        loss=loss,
-        not_finite=tally.not_finite,
-        kl=tally.kl if compared else None,
-        top1_agreement=tally.agreement if compared else None,
-        dtype=dtype,
-    )
+    return score

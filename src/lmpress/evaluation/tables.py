@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from rich.table import Table
 
 from lmpress.evaluation.evaluate import Evaluation, TextResult
+from lmpress.evaluation.metrics import METRICS, Metric
 from lmpress.evaluation.modules import ModuleRow
 
 WIDE = 5
@@ -97,9 +99,9 @@ def _metrics(shown: Sequence[Evaluation]) -> list[tuple[str, Cell]]:
         of = f", {text.protocol.corpus}" if several else ""
         label = "" if text.protocol.label == "lmpress" else f" ({text.protocol.label} protocol)"
         metrics.append((f"perplexity{label}{of}", _of_text(i, _perplexity)))
-        if any(e.texts[i].score.kl is not None for e in shown):
-            metrics.append((f"KL to dense, nats{label}{of}", _of_text(i, _kl)))
-            metrics.append((f"same top token{label}{of}", _of_text(i, _agreement)))
+        for metric in METRICS:
+            if metric.label and any(metric.key in e.texts[i].score.estimates for e in shown):
+                metrics.append((f"{metric.label}{label}{of}", _of_text(i, partial(_mean, metric))))
     if any(e.throughput for e in shown):
         metrics.append(("prefill, tokens/s", _prefill))
         metrics.append(("decode, tokens/s", _decode))
@@ -111,15 +113,16 @@ def _of_text(index: int, cell: Callable[[TextResult], str]) -> Cell:
 
 
 def _perplexity(text: TextResult) -> str:
-    return _number(text.score.perplexity, ".3f")
+    """The perplexity, and by how much it differs from the reference's, with the error of that."""
+    shown, change = _number(text.score.perplexity, ".3f"), text.score.change
+    if change is None or not change.mean or not math.isfinite(change.mean):
+        return shown
+    error = "" if change.error is None else f" ± {100 * change.error:.1f}"
+    return f"{shown} ({100 * change.mean:+.1f}{error} %)"
 
 
-def _kl(text: TextResult) -> str:
-    return _number(text.score.kl, ".4f")
-
-
-def _agreement(text: TextResult) -> str:
-    return _number(text.score.top1_agreement, ".1%")
+def _mean(metric: Metric, text: TextResult) -> str:
+    return _number(text.score.mean(metric.key), metric.style)
 
 
 def _prefill(evaluation: Evaluation) -> str:
