@@ -14,8 +14,8 @@ from lmpress.checkpoint.files import (
     write_json,
     write_tensors,
 )
+from lmpress.checkpoint.plan import FORMAT_VERSION, stored_names
 from lmpress.checkpoint.plugin import (
-    FORMAT_VERSION,
     METHOD,
     RESIDENT,
     LmpressConfig,
@@ -32,7 +32,7 @@ from lmpress.checkpoint.swap import (
     tie_head,
     use_sparse_cores,
 )
-from lmpress.checkpoint.verify import is_compressed, plan_of, read_manifest, stored_names, verify_checkpoint
+from lmpress.checkpoint.verify import is_compressed, plan_of, read_manifest, verify_checkpoint
 
 __all__ = [
     "FORMAT_VERSION",

@@ -105,11 +105,13 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def shard_paths(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order.
+    """The safetensors files of a checkpoint in order; a single one goes before an index, as in transformers.
 
     Raises:
         RequestError: there are none, or the index names a path that leaves the directory.
     """
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
     if (directory / INDEX).is_file():
         index = read_json(directory / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -120,8 +122,6 @@ def shard_paths(directory: Path) -> list[Path]:
             if name != os.path.basename(name) or name in ("", ".", ".."):
                 raise RequestError(f"{directory / INDEX} names {name!r}, which is outside its directory")
         return [directory / name for name in names]
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
         raise RequestError(
             f"{directory} holds pickled weights, which lmpress does not open; convert them to safetensors"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmpress.checkpoint.files import MANIFEST, read_header, read_json, sha256_file, shard_paths
+from lmpress.checkpoint.plan import check_stored, check_version, empty_forms
 from lmpress.checkpoint.plugin import METHOD
 from lmpress.errors import RequestError
-from lmpress.forms import Form, form_from_description
+from lmpress.forms import Form
+from lmpress.progress import note
 
 
 def is_compressed(directory: Path) -> bool:
@@ -24,20 +26,7 @@ def is_compressed(directory: Path) -> bool:
 def plan_of(directory: Path) -> dict[str, Form]:
     """The empty forms (meta device) of a checkpoint, by module. RequestError where the plan is broken."""
     config = read_json(directory / "config.json")
-    plan = config.get("quantization_config", {}).get("plan", {})
-    forms: dict[str, Form] = {}
-    try:
-        for name, description in plan.items():
-            forms[name] = form_from_description(description)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RequestError(f"{directory / 'config.json'}: the plan is broken: {error}") from None
-    return forms
-
-
-def stored_names(form: Form) -> dict[str, str]:
-    """How the tensors of a form are called under their module: the first one is `weight`."""
-    names = list(form.tensors())
-    return {name: "weight" if i == 0 else name for i, name in enumerate(names)}
+    return empty_forms(config.get("quantization_config", {}).get("plan", {}), str(directory / "config.json"))
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -50,28 +39,41 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
+def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any] | None:
     """Check a checkpoint before anything is built from it.
 
     Args:
-        directory: a checkpoint that lmpress wrote.
+        directory: a checkpoint that lmpress wrote, or that `save_pretrained` wrote of one.
         full: whether the files' hashes are compared too, and not only sizes, names and shapes.
 
     Returns:
-        The manifest.
+        The manifest; None, and a note, where there is none: `save_pretrained` writes none.
 
     Raises:
         RequestError: a missing, truncated or changed file; a tensor that the plan does not expect.
+        LmpressError: a format that this lmpress does not know yet.
     """
+    config = directory / "config.json"
+    check_version(read_json(config)["quantization_config"].get("version"), str(config))
     shards = shard_paths(directory)
     headers = {shard.name: read_header(shard) for shard in shards}
-    manifest = read_manifest(directory)
-    files = manifest["files"]
+    manifest = None
+    if (directory / MANIFEST).exists():
+        manifest = read_manifest(directory)
+        _compare_files(directory, shards, manifest["files"], full)
+    else:
+        note(f"{directory} has no {MANIFEST} (save_pretrained writes none): no hashes are compared")
+    _check_plan(directory, {k: v for header in headers.values() for k, v in header.items()})
+    return manifest
+
+
+def _compare_files(directory: Path, shards: Sequence[Path], files: Mapping[str, Any], full: bool) -> None:
     for shard in shards:
         known = files.get(shard.name)
         if not isinstance(known, dict) or not {"bytes", "sha256"} <= known.keys():
             raise RequestError(
-                f"{directory / MANIFEST} does not know {shard.name}: the checkpoint was changed"
+                f"{directory / MANIFEST} does not know {shard.name}: the checkpoint was changed; if you "
+                f"saved it again on purpose, delete {MANIFEST}"
             )
         if known["bytes"] != shard.stat().st_size:
             raise RequestError(
@@ -79,11 +81,6 @@ def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any]:
             )
         if full and sha256_file(shard) != known["sha256"]:
             raise RequestError(f"{shard} is not what was written (its sha256 differs); fetch it again")
-    version = read_json(directory / "config.json")["quantization_config"].get("version")
-    if not isinstance(version, int):
-        raise RequestError(f"{directory / 'config.json'}: a format version is a number, not {version!r}")
-    _check_plan(directory, {k: v for header in headers.values() for k, v in header.items()})
-    return manifest
 
 
 def _check_plan(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
@@ -92,14 +89,4 @@ def _check_plan(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
         module = name.rpartition(".")[0]
         if module not in forms and header["dtype"] not in ("F64", "F32", "F16", "BF16"):
             raise RequestError(f"{directory / 'config.json'}: its plan does not tell what {name} is")
-    for module, form in forms.items():
-        expected = form.tensors()
-        for name, stored in stored_names(form).items():
-            entry = tensors.get(f"{module}.{stored}")
-            if entry is None:
-                raise RequestError(f"{directory} lacks the tensor {module}.{stored}, which its plan names")
-            if tuple(entry["shape"]) != tuple(expected[name].shape):
-                raise RequestError(
-                    f"{directory}: {module}.{stored} has shape {tuple(entry['shape'])}, and its plan says "
-                    f"{tuple(expected[name].shape)}"
-                )
+    check_stored(forms, tensors, str(directory))
