@@ -53,4 +53,4 @@ def _told(items: Iterable[T], description: str, total: int | None) -> Iterator[T
 
 def note(message: str) -> None:
     """One line for the person who watches, on standard error."""
-    console.print(message, highlight=False)
+    console.print(message, highlight=False, soft_wrap=True)

@@ -24,8 +24,8 @@ def load(directory: str | Path, *, verify: bool = True, resident: str | None = N
     """Load a checkpoint: `AutoModelForCausalLM.from_pretrained` behind a check of its files.
 
     Args:
-        directory: a checkpoint that lmpress wrote, or any dense model directory.
-        verify: compare the files' hashes with the manifest.
+        directory: a checkpoint that lmpress wrote, or `save_pretrained` of one, or any dense model directory.
+        verify: compare the files' hashes with the manifest; where there is none, a note says so.
         resident: how entropy-coded weights are kept in memory: `decoded` once, or `coded` as in the files and
             decoded in every call, which is slow. As config.json says where it is None, which is `decoded`
             unless somebody wrote it there. Saving the model again does not write it.
@@ -69,9 +69,10 @@ def load_any(model: str | Path, dtype: str = "auto", device: str = "auto") -> tu
     path = Path(model).expanduser()
     chosen, asked = device_of(device), _dtype(dtype)
     if path.is_dir() and is_compressed(path):
+        tokenizer = _tokenizer(path)
         loaded = load(path, dtype=asked or "auto").to(chosen)
         use_sparse_cores(loaded)
-        return loaded, AutoTokenizer.from_pretrained(path, trust_remote_code=False), path
+        return loaded, tokenizer, path
     source = open_source(model)
     wanted = asked or (torch.float32 if source.dtype == torch.float64 else source.dtype)
     directory, gguf = source.location
@@ -96,6 +97,16 @@ def continuation(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
         )
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _tokenizer(directory: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{directory} has no tokenizer that transformers reads ({type(error).__name__}): save it there, "
+            "or copy the tokenizer files of the model that it was made from"
+        ) from error
 
 
 def _dtype(name: str) -> torch.dtype | None:
