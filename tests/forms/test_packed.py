@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lmpress.forms import CompressedEmbedding, CompressedLinear, Dense, Form, LowRank, Quantized, Sum
+from lmpress.forms.packed import PackedWeight
 
 
 def grid(bits: int = 4) -> Quantized:
@@ -75,7 +76,7 @@ def test_it_tells_of_the_parameter_behind_it(kind: str) -> None:
     assert weight.dtype == parameter.dtype
     assert weight.device == parameter.device
     assert weight.data_ptr() == parameter.data_ptr()
-    assert weight.to("cpu") is weight.data is weight.detach() is weight
+    assert weight.to("cpu") is weight.to(weight.dtype) is weight.data is weight.detach() is weight
     assert weight.to("meta").is_meta
     assert torch.empty_like(weight, device="meta").shape == parameter.shape
     assert repr(weight) == repr(parameter)
@@ -88,6 +89,16 @@ def test_a_dense_form_is_its_matrix() -> None:
     assert module.weight is dict(module.named_parameters())["weight"]
     module.weight.data += 1
     assert torch.equal(module.form.dense(), torch.full((6, 16), 2.0))
+
+
+def test_a_view_that_was_registered_past_the_module_is_found_out() -> None:
+    module, x = CompressedLinear(grid()), torch.ones(2, 16)
+    before = module(x)
+    for look in (lambda: module(x), module.state_dict, lambda: module.weight):
+        module._parameters["weight"] = module.weight.to("cpu")  # as accelerate does
+        look()
+        assert not isinstance(module._parameters["weight"], PackedWeight)
+    assert torch.equal(module(x), before)
 
 
 def test_what_is_set_is_the_parameter_and_not_its_view() -> None:

@@ -127,22 +127,28 @@ class FormHolder(nn.Module):
         return repr(self._bound[1])
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight" and "_bound" in vars(self) and self._bound[1].kind != "dense":
-            parameter = self._parameters.get("weight")
-            if parameter is not None:
-                view: PackedWeight | None = vars(self)["_view"]
-                if view is None or view.parameter is not parameter:
-                    view = PackedWeight.of(parameter, self._bound[1].formula)
-                    vars(self)["_view"] = view  # past nn.Module, which would register it
-                return view
-        return super().__getattr__(name)
+        held = vars(self)
+        if name != "weight" or "_bound" not in held or self._bound[1].kind == "dense":
+            return super().__getattr__(name)
+        if name not in self._parameters:  # while another form is taken in
+            return super().__getattr__(name)
+        parameter = cast(nn.Parameter, self._tensor(name))
+        if held["_view"] is None or held["_view"].parameter is not parameter:
+            held["_view"] = PackedWeight.of(parameter, self._bound[1].formula)  # nn.Module would register it
+        return held["_view"]
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_view": None}  # made anew from the copied parameter
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self._parameters.get(name)
+        if type(tensor) is PackedWeight:  # registered by a loader that passes `register_parameter` by
+            tensor = self._parameters[name] = tensor.parameter
         return cast(Tensor, self._buffers[name] if tensor is None else tensor)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.form_tensors()  # no view among them from now on
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As ever, but a scale keeps its type: in another one it would be another grid."""
