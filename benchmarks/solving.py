@@ -48,8 +48,8 @@ def alone(width: int) -> None:
     weight = torch.randn(width, width, generator=generator) * 0.02
     four = {"bits": 4, "granularity": "group:64"}
     solvers = {
-        "gptq, 4 bits": lambda: gptq(weight, statistics, GptqOptions(**four, clip=False)),
-        "gptq, 4 bits, clip": lambda: gptq(weight, statistics, GptqOptions(**four)),
+        "gptq, 4 bits": lambda: gptq(weight, statistics, GptqOptions(**four)),
+        "gptq, 4 bits, clip": lambda: gptq(weight, statistics, GptqOptions(**four, clip=True)),
         "entropy-coded": lambda: entropy_quantize(weight, statistics, 0.01, EntropyOptions()),
         "sparsegpt, half": lambda: sparsegpt(weight, statistics, SparseGptOptions(sparsity=0.5)),
     }

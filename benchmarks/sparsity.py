@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {
     "wanda 50 %": lambda w, s: wanda(w, s, WandaOptions()),
     "sparsegpt 50 %": lambda w, s: sparsegpt(w, s, SparseGptOptions()),
     "alps 50 %": lambda w, s: alps(w, s, AlpsOptions()),
-    "svd-llm 50 %": lambda w, s: svd_llm(w, s, SvdLlmOptions(ratio=0.5)),
+    "svd-llm 50 %": lambda w, s: svd_llm(w, s, SvdLlmOptions(ratio=0.5, update=1.0)),
     "sslc 50 %, diagonal": lambda w, s: sslc(w, s, SslcOptions(metric="diagonal", iterations=40)),
     "sslc 50 %": lambda w, s: sslc(w, s, SslcOptions()),
     "magnitude 2:4": lambda w, s: wanda(w, s, WandaOptions(score="magnitude", pattern="2:4")),

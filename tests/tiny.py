@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -55,6 +56,7 @@ TINY: dict[str, Callable[[], Any]] = {
         **{**_GEMMA, "num_hidden_layers": 3},
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
+    "phi3": lambda: Phi3Config(**_GATED, tie_word_embeddings=False),
     "opt": lambda: OPTConfig(**_COMMON, ffn_dim=96, dropout=0.0),
     "opt-post-norm": lambda: OPTConfig(
         **_COMMON, ffn_dim=96, dropout=0.0, do_layer_norm_before=False, word_embed_proj_dim=32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
 from typing import TypeVar
 
 from rich.console import Console
@@ -15,7 +16,8 @@ T = TypeVar("T")
 MINUTE = 60.0
 """Seconds between two lines of progress where no terminal shows a bar."""
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+"""Text is shown as it is: a path may have brackets and colons."""
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -26,7 +28,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         yield from _told(items, description, total)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -42,15 +44,16 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 def _told(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
     """Yield `items`; a line at the start, and one a minute."""
     of = "" if total is None else f"/{total}"
-    console.print(f"{description} (0{of})", highlight=False, soft_wrap=True)
+    note(f"{description} (0{of})")
     last = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         if time.monotonic() - last >= MINUTE:
             last = time.monotonic()
-            console.print(f"{description} ({done}{of})", highlight=False, soft_wrap=True)
+            note(f"{description} ({done}{of})")
 
 
 def note(message: str) -> None:
-    """One line for the person who watches, on standard error."""
-    console.print(message, highlight=False, soft_wrap=True)
+    """One line for the person who watches, on standard error; if that is full, the work goes on unwatched."""
+    with suppress(OSError):
+        console.print(" ".join(message.split()), highlight=False, markup=False, soft_wrap=True)

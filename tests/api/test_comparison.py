@@ -107,13 +107,13 @@ def test_recipes_share_a_survey(
 ) -> None:
     from lmpress.pipeline import beforehand
 
-    survey, surveyed = beforehand.survey_budgets, []
+    survey, surveyed = beforehand.look_backwards, []
 
     def counted(*args: Any) -> Any:
-        surveyed.append(args[0].recipe.name)
+        surveyed.extend(budget.pool.place for budget in args[0].values())
         return survey(*args)
 
-    monkeypatch.setattr(beforehand, "survey_budgets", counted)
+    monkeypatch.setattr(beforehand, "look_backwards", counted)
     size = {"samples": 4, "seq_len": 64}
     recipes = [
         {"name": f"ec{bits}", "calibration": size, "steps": [{"entropy_quantize": {"bits": bits}}]}
@@ -130,7 +130,7 @@ def test_recipes_share_a_survey(
         window=64,
         max_tokens=512,
     )
-    assert surveyed == ["ec5.0", "damped"]
+    assert surveyed == [f"recipe {name}: step 1 (entropy_quantize)" for name in ("ec5.0", "damped")]
     lmpress.compress(tiny("llama"), recipes[1], tmp_path / "alone", calibration=str(text_file))
     for path in (tmp_path / "alone").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / "ec7.0" / path.name).read_bytes()
@@ -139,15 +139,15 @@ def test_recipes_share_a_survey(
 def test_the_model_writes_its_calibration_text_once(
     tiny: Callable[[str], Path], other_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmpress.pipeline import calibration
+    from lmpress.stream import text
 
-    write, written = calibration.generate_text, []
+    write, written = text.generate_text, []
 
     def counted(*args: Any) -> Any:
         written.append(args[2:])
         return write(*args)
 
-    monkeypatch.setattr(calibration, "generate_text", counted)
+    monkeypatch.setattr(text, "generate_text", counted)
     size = {"samples": 4, "seq_len": 32}
     steps = [{"quantize": {"bits": 4, "solver": "gptq"}}]
     other = {"name": "longer", "calibration": size | {"seq_len": 48}, "steps": steps}

@@ -46,6 +46,13 @@ IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 UP = "model.layers.1.mlp.up_proj"
 
+TOLD: dict[str, Any] = {
+    "sizes": {"weight_bytes": 1, "bytes_16bit": 1, "linear_bpw": 1.0},
+    "recipe": {"name": "none"},
+    "source": {"name": "none"},
+    "calibration": [],
+}
+
 
 def coded(weight: Tensor, step: float = 0.4) -> EntropyCoded:
     """`weight` rounded between two scales; one weight of 90 deviations has a code beyond a byte."""
@@ -104,7 +111,7 @@ def save(forms: dict[str, Form], directory: Path) -> Path:
     known = {
         file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     }
-    manifest = {"files": known, "modules": {}, "sizes": {}, "recipe": {}, "calibration": []}
+    manifest = {"files": known, "modules": {}, **TOLD}
     (directory / "lmpress.json").write_text(json.dumps(manifest))
     return directory
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lmpress
+from lmpress.api import inspect, write_card
 from lmpress.errors import LmpressError, RequestError
+from lmpress.source import open_source
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -156,9 +159,9 @@ def rename(quantization: dict[str, Any]) -> None:
         (lambda q: q["plan"].update({"model.layers.77.mlp.up_proj": UP}), "layers.77.mlp.up_proj.weight"),
         (
             lambda q: q["plan"]["model.layers.0.mlp.up_proj"].update(form="magic"),
-            "up_proj: unknown form 'magic'",
+            "up_proj': unknown form 'magic'",
         ),
-        (lambda q: q["plan"]["model.layers.0.mlp.up_proj"].update(bits=4), "up_proj.weight has shape"),
+        (lambda q: q["plan"]["model.layers.0.mlp.up_proj"].update(bits=4), "up_proj.weight is I8 of shape"),
         (lambda q: q.update(version="2"), "a format version is a number"),
         (lambda q: q.update(version=99, plan={"x": {"form": "of tomorrow"}}), "format 99"),
         (lambda q: q.update(plan=[1]), "a plan is an object"),
@@ -185,3 +188,112 @@ def test_transformers_is_told_of_a_tensor_that_is_not_there(copy: Path) -> None:
 def test_no_directory(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no checkpoint"):
         lmpress.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "words"),
+    [
+        (("sizes", "bytes_16bit"), 0, "sizes.bytes_16bit"),
+        (("sizes", "linear_bpw"), float("nan"), "sizes.linear_bpw"),
+        (("calibration", 0, "name"), None, "calibration.0.name"),
+        (("files", SHARD, "bytes"), "12", "bytes"),
+        (("modules", "model.embed_tokens", "steps"), [3], "steps.0"),
+        (("modules", "model.embed_tokens", "relative_weight_error"), "much", "relative_weight_error"),
+        (("recipe", "name"), 3, "recipe.name"),
+    ],
+)
+def test_a_manifest_whose_parts_are_others(
+    copy: Path, keys: tuple[str | int, ...], value: object, words: str
+) -> None:
+    manifest = json.loads((copy / "lmpress.json").read_text())
+    part = manifest
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    (copy / "lmpress.json").write_text(json.dumps(manifest))
+    for read in (lmpress.load, inspect, lambda path: write_card(path, {})):
+        with pytest.raises(RequestError, match=words):
+            read(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, and there are"),
+        ("num_hidden_layers", -1, "num_hidden_layers"),
+        ("hidden_size", 10**12, "hidden_size is 1000000000000, and the weights take"),
+        ("head_dim", 10**12, "head_dim"),
+        ("num_attention_heads", 0, "num_attention_heads is 0"),
+        ("num_attention_heads", 5, "transformers makes no model"),
+        ("hidden_size", "64", "transformers makes no model"),
+        ("model_type", ["llama"], "names no model_type"),
+        ("vocab_size", 255, "asks for"),
+    ],
+)
+def test_a_config_of_another_model(
+    copy: Path, tiny: Callable[[str], Path], tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {key: value}))
+    for read in (lmpress.load, inspect):
+        with pytest.raises(RequestError, match=words):
+            read(copy)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**9), ("hidden_size", 10**12)])
+def test_a_dense_model_larger_than_its_files(
+    tiny: Callable[[str], Path], tmp_path: Path, key: str, value: int
+) -> None:
+    target = tmp_path / "dense"
+    shutil.copytree(tiny("llama"), target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {key: value}))
+    for read in (lmpress.load, open_source):
+        with pytest.raises(RequestError, match=key):
+            read(target)
+
+
+def test_a_tensor_of_another_type(copy: Path) -> None:
+    """Its bytes, its shape and its hash are right; it is not what the plan says."""
+    data = (copy / SHARD).read_bytes()
+    damaged = data.replace(b'"I8"', b'"U8"')
+    assert damaged != data
+    (copy / SHARD).write_bytes(damaged)
+    forge(copy)
+    with pytest.raises(RequestError, match=r"is U8 of shape .* and its plan says I8"):
+        lmpress.load(copy)
+
+
+def forge(checkpoint: Path) -> None:
+    """Let the manifest call healthy what is there."""
+    manifest = json.loads((checkpoint / "lmpress.json").read_text())
+    told = hashlib.sha256((checkpoint / SHARD).read_bytes()).hexdigest()
+    manifest["files"][SHARD] = {"bytes": (checkpoint / SHARD).stat().st_size, "sha256": told}
+    (checkpoint / "lmpress.json").write_text(json.dumps(manifest))
+
+
+def test_a_bitmap_that_keeps_too_many(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    recipe = {
+        "calibration": {"samples": 2, "seq_len": 16},
+        "steps": [{"sparsify": {"targets": "mlp", "sparsity": 0.5, "method": "magnitude"}}],
+    }
+    target = tmp_path / "sparse"
+    lmpress.compress(tiny("llama"), recipe, target, calibration=str(text_file))
+    tensors = load_file(target / SHARD)
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name].fill_(255)
+    save_file(tensors, target / SHARD, metadata={"format": "pt"})
+    forge(target)
+    with pytest.raises(LmpressError, match=rf"{name.removesuffix('.weight')}: a bitmap keeps 6144 entries"):
+        lmpress.load(target)
+
+
+def test_a_calibration_text_that_was_changed(copy: Path, other_text: Path) -> None:
+    data = bytearray((copy / "calibration.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "calibration.safetensors").write_bytes(data)
+    with pytest.raises(RequestError, match=r"calibration\.safetensors is not what was written"):
+        lmpress.evaluate(copy, text=str(other_text), window=32, max_tokens=64)
+    (copy / "calibration.safetensors").write_bytes(data[:-9])
+    with pytest.raises(RequestError, match=r"calibration\.safetensors is truncated"):
+        lmpress.evaluate(copy, text=str(other_text), window=32, max_tokens=64)

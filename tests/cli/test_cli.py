@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lmpress.cli import main
 from lmpress.cli.output import parse_bytes
 from lmpress.errors import RequestError
 from tests.conftest import EVERY_STEP
+from tests.tiny import tiny_model, tiny_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -259,14 +265,93 @@ def test_no_size() -> None:
         parse_bytes("much")
 
 
-def test_ctrl_c_is_one_line_and_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["file/mine.yaml", "x" * 300])
+def test_a_recipe_that_cannot_be_written_there(path: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, stdout, stderr = run("recipes", "copy", "int8", tmp_path / path)
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith(f"error: {tmp_path / path}: ")
+    assert stderr.count("\n") == 1
+
+
+def test_what_is_shown_is_what_it_is(run: Run, tiny: Callable[[str], Path]) -> None:
+    prompt = "a [bold]b[/x] :heart:\tc " + "long " * 30
+    code, stdout, _ = run("generate", tiny("llama"), prompt, "--max-new-tokens", 1)
+    assert code == 0
+    assert stdout.startswith(prompt)
+    code, _, stderr = run("compress", "[x][/y] :heart:", "-r", "int8", "-o", "out")
+    assert code == 2
+    assert "[x][/y] :heart:" in stderr
+
+
+def test_a_comparison_of_models_that_broke_is_json(
+    run: Run, recipe: Path, text_file: Path, other_text: Path, tmp_path: Path
+) -> None:
+    model = tiny_model("llama-untied")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)  # too large for the type that it is stored in
+    model.half().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    arguments = ["-r", "int8", "-r", recipe, "-o", out, "--text", other_text, "--window", 64]
+    code, stdout, stderr = run(
+        "compare", tmp_path / "model", *arguments, "--calibration", text_file, "--json"
+    )
+    assert code == 0
+    for told in (strictly(stdout), strictly((out / "comparison.json").read_text())):
+        for row in told["rows"]:
+            assert row["not_finite"] > 0
+            keys = ("perplexity", "kl", "top1_agreement", "sr_perplexity", "srcr_perplexity")
+            assert all(row[key] is None for key in keys)
+    assert "logits that are not finite" in stderr
+    assert "nan" not in (out / "comparison.csv").read_text()
+
+
+def strictly(text: str) -> Any:
+    """JSON without the NaN that Python would take."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize(("verb", "words"), [("compress", "; go on with --resume"), ("generate", "")])
+def test_a_signal_is_one_line_and_its_exit_code(
+    verb: str, words: str, number: int, code: int, word: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lmpress import api
 
     def interrupted(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(5)
 
-    monkeypatch.setattr(api, "compress", interrupted)
-    code, stdout, stderr = run("compress", "demo", "-r", "int8", "-o", "nowhere")
-    assert code == 130
-    assert stdout == ""
-    assert "--resume" in stderr
+    monkeypatch.setattr(api, verb, interrupted)
+    before = signal.getsignal(number)
+    more = ["-r", "int8", "-o", "nowhere"] if verb == "compress" else ["a"]
+    found, stdout, stderr = run(verb, "demo", *more)
+    assert (found, stdout) == (code, "")
+    assert stderr.startswith(f"error: {word}{words}")
+    assert stderr.count("\n") == 1
+    assert signal.getsignal(number) == before
+
+
+def test_what_the_machine_lacks_is_no_unexpected_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmpress import api
+
+    for error, words in (
+        (OSError(errno.EIO, "Input/output error", "model/x"), "model/x: input/output error; mend that"),
+        (MemoryError(), "out of memory"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "model"), "model: file name too long"),
+    ):
+
+        def fails(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(api, "generate", fails)
+        code, _, stderr = run("generate", "model", "a")
+        assert code == (2 if "name" in words else 1)
+        assert stderr.startswith(f"error: {words}")

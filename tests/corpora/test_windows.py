@@ -5,9 +5,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lmpress.corpora import Corpus, adds_bos, calibration_windows, evaluation_windows
+from lmpress.corpora import (
+    Corpus,
+    adds_bos,
+    calibration_windows,
+    check_context,
+    check_ids,
+    context_of,
+    evaluation_windows,
+)
 from lmpress.errors import RequestError
-from tests.tiny import BOS, EOS, tiny_text, tiny_tokenizer
+from tests.tiny import BOS, EOS, TINY, tiny_text, tiny_tokenizer
 
 
 def _corpus(*documents: str) -> Corpus:
@@ -73,6 +81,54 @@ def test_too_few_tokens_say_how_many_are_wanted():
         calibration_windows(_numbered(100), tiny_tokenizer(), 26, 16, seed=0)
     with pytest.raises(RequestError, match="at least 1 window"):
         calibration_windows(_numbered(100), tiny_tokenizer(), 0, 16, seed=0)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_short_text_may_give_fewer(bos):
+    for documents, expected in ((("0123456789",) * 40, (40 * 11 - 1) // (16 - bos)), (("short",), 0)):
+        windows = calibration_windows(_corpus(*documents), tiny_tokenizer(bos), 99, 16, seed=0, fewer=True)
+        assert windows.shape == (expected, 16)
+    assert calibration_windows(_numbered(100), tiny_tokenizer(), 3, 16, 0, fewer=True).shape == (3, 16)
+
+
+def test_windows_span_documents_that_are_shorter():
+    windows = calibration_windows(_corpus(*["abc"] * 100), tiny_tokenizer(), 4, 64, seed=0)
+    assert all(0 < (window == EOS).sum() <= 16 for window in windows)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda c, t: calibration_windows(c, t, 1, 4, 0), lambda c, t: evaluation_windows(c, t, 4)]
+)
+def test_a_tokenizer_that_does_not_know_the_text_is_refused(draw):
+    tokenizer = tiny_tokenizer()
+    for name, ids, made in (("none", [], "no tokens"), ("unknown", [7, 7, 65], "mostly unknown tokens")):
+
+        class Other:
+            bos_token_id, eos_token_id, unk_token_id = None, EOS, 7
+
+            def __call__(self, texts, ids=ids, **options):
+                return {"input_ids": [ids for _ in texts]}
+
+        with pytest.raises(RequestError, match=f"makes {made} of {name}: .*tokenizer.json"):
+            draw(Corpus(name, "all", ("some text",)), Other())
+    assert len(draw(_corpus("some text"), tokenizer)) > 0
+
+
+def test_tokens_without_an_embedding_are_refused():
+    windows = [torch.tensor([3, 255]), torch.tensor([256, 4])]
+    check_ids(windows, 257, "novel")
+    with pytest.raises(RequestError, match="the token 256 of novel, and the model's embedding has 256 rows"):
+        check_ids(windows, 256, "novel")
+
+
+def test_windows_beyond_the_context_are_refused():
+    config = TINY["llama"]()
+    check_context(config, 256, "windows", "lower `seq_len`")
+    with pytest.raises(RequestError, match=r"windows of 257 tokens .* context of 256: lower `seq_len`"):
+        check_context(config, 257, "windows", "lower `seq_len`")
+    config.max_position_embeddings = 0
+    assert context_of(config) is None
+    check_context(config, 257, "windows", "lower `seq_len`")
 
 
 def test_a_megabyte_is_tokenized_once():

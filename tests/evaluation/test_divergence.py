@@ -51,3 +51,25 @@ def test_tokens_that_are_ruled_out() -> None:
         impossible, ruled.clone(), torch.tensor([0]), ReferenceChunk.of(torch.tensor([[1.0, 2.0, 0.5]]))
     )
     assert impossible.divergence == math.inf  # the model rules out what the reference may say
+
+
+NAN, INF = math.nan, math.inf
+SOUND = [1.0, 2.0, 0.5]
+
+
+@pytest.mark.parametrize("broken", [[NAN] * 3, [1.0, NAN, 0.5], [1.0, INF, 0.5], [INF] * 3, [-INF] * 3])
+def test_what_is_not_finite_agrees_with_nothing(broken: list[float]) -> None:
+    logits, sound = torch.tensor([broken, SOUND]), torch.tensor([SOUND, SOUND])
+    for model, reference, own in ((logits, logits, 1), (logits, sound, 1), (sound, logits, 0)):
+        tally = Tally()
+        add_chunk(tally, model.clone(), torch.tensor([1, 1]), ReferenceChunk.of(reference))
+        assert (tally.not_finite, tally.compared, tally.agreed) == (own, 1, 1)
+        assert math.isnan(tally.kl)
+        assert math.isnan(tally.agreement)
+
+
+def test_a_token_that_both_rule_out_is_no_fault() -> None:
+    ruled = torch.tensor([[1.0, 2.0, -INF]])
+    tally = Tally()
+    add_chunk(tally, ruled.clone(), torch.tensor([0]), ReferenceChunk.of(ruled))
+    assert (tally.not_finite, tally.kl, tally.agreement) == (0, 0.0, 1.0)

@@ -118,7 +118,20 @@ def test_a_model_that_broke_is_null_in_json() -> None:
     assert math.isnan(result.texts[0].score.perplexity)
     told = result.to_json()
     json.dumps(told, allow_nan=False)
-    assert told["perplexity"] is told["kl"] is told["sr_perplexity"] is None
+    assert told["perplexity"] is told["kl"] is told["top1_agreement"] is told["sr_perplexity"] is None
+    assert told["not_finite"] == told["tokens"]
+
+
+def test_two_models_that_broke_do_not_agree() -> None:
+    models = {"dense": tiny_model("llama"), "a": int8()}
+    for model in models.values():
+        with torch.no_grad():
+            model.model.norm.weight.fill_(float("nan"))
+    results = evaluate_models(models, [text_of()], reference="dense")
+    assert all(result.to_json()["top1_agreement"] is None for result in results.values())
+    shown = printed(evaluation_table(results))
+    assert [line.count("not finite") for line in shown.splitlines() if "same top token" in line] == [2]
+    assert [line.count("not finite") for line in shown.splitlines() if "perplexity" in line] == [2]
 
 
 def test_an_unsupported_family_is_measured_without_bits() -> None:

@@ -111,7 +111,15 @@ def save_compressed(model: Any, directory: Path) -> None:
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(state, directory / "model.safetensors")
     report = {"model.layers.0.mlp.up_proj": {"relative_error": 0.125}}
-    (directory / "lmpress.json").write_text(json.dumps({"modules": report}))
+    manifest = {
+        "modules": report,
+        "files": {},
+        "sizes": {"weight_bytes": 1, "bytes_16bit": 1, "linear_bpw": 1.0},
+        "recipe": {"name": "none"},
+        "source": {"name": "none"},
+        "calibration": [],
+    }
+    (directory / "lmpress.json").write_text(json.dumps(manifest))
 
 
 def test_files_tell_the_same_as_the_model(tmp_path: Path) -> None:
@@ -166,7 +174,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     # 32 weights of Q8_0 take 34 bytes, 8.5 bits; the other matrix takes 16
     assert stored_bits_per_weight(tmp_path / "m.gguf", TINY["llama"]()) == pytest.approx((8.5 + 16) / 2)
     (tmp_path / "bad.gguf").write_bytes(b"nothing of the kind")
-    with pytest.raises(RequestError, match="cannot be read as GGUF"):
+    with pytest.raises(RequestError, match="is no GGUF file"):
         stored_bits_per_weight(tmp_path / "bad.gguf", TINY["llama"]())
 
 

@@ -1,6 +1,8 @@
 """What a layout says is true of the real modules; a skeleton is the model without its weights."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,14 +10,15 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma3Config,
     LlamaConfig,
     MixtralConfig,
-    Phi3Config,
+    OPTConfig,
 )
 
 from lmpress.errors import RequestError
-from lmpress.families import layout_of, skeleton, supported
+from lmpress.families import Feed, Rows, layout_of, skeleton, supported
 from tests.tiny import TINY, tiny_model
 
 every_model = pytest.mark.parametrize("name", TINY)
@@ -35,19 +38,20 @@ def test_layout_names_the_modules_of_the_model(name):
     shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert layout.tied == shared
     for index in range(layout.num_blocks):
-        block = model.get_submodule(layout.block_name(index))
-        linears = {key for key, module in block.named_modules() if isinstance(module, nn.Linear)}
-        assert linears == set(layout.linears)  # none is missing, none is invented
-    assert set(layout.attention) | set(layout.mlp) == set(layout.linears)
-    assert not set(layout.attention) & set(layout.mlp)
-    assert [site.name for site in layout.sites] == ["qkv", "o", "gate_up", "down"]
+        module, block = model.get_submodule(layout.block_name(index)), layout.block(index)
+        linears = {key for key, child in module.named_modules() if isinstance(child, nn.Linear)}
+        assert linears == set(block.linears)  # none is missing, none is invented
+        assert set(block.attention) | set(block.mlp) == set(block.linears)
+        assert not set(block.attention) & set(block.mlp)
+        assert [site.name for site in block.sites] == ["qkv", "o", "gate_up", "down"]
 
 
 @every_model
 def test_linears_of_a_site_share_their_input_and_sites_run_in_order(name):
     model = tiny_model(name)
-    layout = layout_of(model.config)
-    block = model.get_submodule(layout.block_name(1))
+    whole = layout_of(model.config)
+    layout = whole.block(1)
+    block = model.get_submodule(whole.block_name(1))
     calls = []
     for linear in layout.linears:
         block.get_submodule(linear).register_forward_pre_hook(
@@ -71,39 +75,178 @@ def test_linears_of_a_site_share_their_input_and_sites_run_in_order(name):
 @torch.no_grad()
 def test_a_neuron_is_a_row_of_the_inputs_and_a_column_of_the_output(name):
     model = tiny_model(name)
-    layout, ids, j = layout_of(model.config), _tokens(), 5
-    block = model.get_submodule(layout.block_name(0))
-    inputs = [block.get_submodule(linear) for linear in layout.neurons.inputs]
-    output = block.get_submodule(layout.neurons.output)
-    signal = block.get_submodule(layout.neurons.signal)
+    whole, ids, j = layout_of(model.config), _tokens(), 5
+    block, neurons = model.get_submodule(whole.block_name(0)), whole.block(0).neurons
+    output = block.get_submodule(neurons.output)
     original = model(ids).logits
 
     output.weight[:, j] = 0
     removed = model(ids).logits
     assert not torch.allclose(removed, original, atol=1e-4)
-    for linear in inputs:  # with its column gone, a neuron's rows and biases reach nothing
-        linear.weight[j] += 1
+    for rows in neurons.inputs:  # with its column gone, a neuron's rows and biases reach nothing
+        linear, row = _row(block, rows, j)
+        linear.weight[row] += 1
         if linear.bias is not None:
-            linear.bias[j] += 1
+            linear.bias[row] += 1
     assert torch.equal(model(ids).logits, removed)
 
     restored = tiny_model(name)  # and an idle signal is as good as no column
     model.load_state_dict(restored.state_dict())
-    signal.weight[j] = 0
+    signal, row = _row(block, neurons.signal, j)
+    signal.weight[row] = 0
     if signal.bias is not None:
-        signal.bias[j] = 0
+        signal.bias[row] = 0
     torch.testing.assert_close(model(ids).logits, removed, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if not name.startswith("opt")])
+def _row(block: nn.Module, rows: Rows, neuron: int) -> tuple[Any, int]:
+    linear: Any = block.get_submodule(rows.linear)
+    return linear, rows.within(linear.out_features).start + neuron
+
+
+@every_model
+@torch.no_grad()
+def test_the_rows_of_the_neurons_are_all_rows_each_once(name):
+    model = tiny_model(name)
+    layout = layout_of(model.config)
+    for index in range(layout.num_blocks):
+        block, neurons = model.get_submodule(layout.block_name(index)), layout.block(index).neurons
+        width = block.get_submodule(neurons.output).in_features
+        assert neurons.signal in neurons.inputs
+        for linear in neurons.linears:
+            count = block.get_submodule(linear).out_features
+            parts = [rows.within(count) for rows in neurons.inputs if rows.linear == linear]
+            assert all(part.stop - part.start == width for part in parts)
+            assert sorted(i for part in parts for i in range(count)[part]) == list(range(count))
+
+
+def _scaled_feed(block: nn.Module, feed: Feed, width: int) -> torch.Tensor:
+    """Scale what feeds a site; by what its channels (width,) are scaled then."""
+    groups, repeats = feed.heads
+    generator = torch.Generator().manual_seed(11)
+    scale = torch.rand(groups, 1, width // (groups * repeats), generator=generator) + 0.5
+    if feed.norm is not None:
+        norm: Any = block.get_submodule(feed.norm.name)
+        norm.weight.copy_((norm.weight + feed.norm.offset) * scale.flatten() - feed.norm.offset)
+        if feed.norm.centred:
+            norm.bias.mul_(scale.flatten())
+        return scale.flatten()
+    assert feed.rows is not None
+    linear: Any = block.get_submodule(feed.rows.linear)
+    rows = feed.rows.within(linear.out_features)
+    linear.weight[rows] *= scale.flatten()[:, None]
+    if linear.bias is not None:
+        linear.bias[rows] *= scale.flatten()
+    return scale.expand(groups, repeats, -1).flatten()
+
+
+@every_model
+@pytest.mark.parametrize("site", ["qkv", "o", "gate_up", "down"])
+@torch.no_grad()
+def test_scaling_what_feeds_a_site_scales_its_channels(name, site):
+    """Their inverse in the columns of the readers gives the same outputs, in every block."""
+    ids, fed = _tokens(), 0
+    expected = tiny_model(name)(ids).logits
+    for index in range(layout_of(TINY[name]()).num_blocks):
+        model = tiny_model(name)
+        layout = layout_of(model.config)
+        block = model.get_submodule(layout.block_name(index))
+        (at,) = (each for each in layout.block(index).sites if each.name == site)
+        if at.feed is None:
+            continue
+        fed += 1
+        readers: list[Any] = [block.get_submodule(linear) for linear in at.linears]
+        scale = _scaled_feed(block, at.feed, readers[0].in_features)
+        assert not torch.allclose(model(ids).logits, expected, atol=1e-2)
+        for reader in readers:
+            reader.weight.div_(scale)
+        torch.testing.assert_close(model(ids).logits, expected, atol=2e-4, rtol=2e-4)
+    alone = name == "opt-post-norm" and site in ("qkv", "gate_up")  # its norms feed the residual stream, too
+    assert fed == (0 if alone else layout.num_blocks)
+
+
+def test_neurons_behind_a_nonlinearity_that_is_not_homogeneous_have_no_feed():
+    layout = layout_of(OPTConfig(num_hidden_layers=1, activation_function="gelu"))
+    assert layout.block(0).site_of("fc2").feed is None
+
+
+@every_model
+@torch.no_grad()
+def test_the_last_norm_feeds_the_head_alone(name):
+    model, ids = tiny_model(name), _tokens()
+    layout = layout_of(model.config)
+    if layout.last_norm is None:
+        assert name.startswith("opt")
+        return
+    head = model.get_submodule(layout.head)
+    head.weight = nn.Parameter(head.weight.clone())  # tied or not
+    expected = model(ids).logits
+    head.weight.div_(_scaled_feed(model, Feed(norm=layout.last_norm), head.in_features))
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_model
+@torch.no_grad()
+def test_writers_and_nothing_else_reach_the_residual_stream(name):
+    model, ids = tiny_model(name), _tokens()
+    layout = layout_of(model.config)
+    module, block = model.get_submodule(layout.block_name(1)), layout.block(1)
+    if name == "opt-post-norm":  # norms behind the sums are no part of what is added
+        module.self_attn_layer_norm = module.final_layer_norm = nn.Identity()
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(key: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            seen[key] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    module.register_forward_pre_hook(lambda _, args: seen.update(entrance=args[0].clone()))
+    module.register_forward_hook(keep("exit"))
+    for linear in block.writers:
+        module.get_submodule(linear).register_forward_hook(keep(linear))
+    model(ids)
+    width = seen["entrance"].shape[-1]
+    added = [seen[linear].reshape(-1, width) for linear in block.writers]
+    if block.norms_behind:
+        norms = [module.get_submodule(norm.name) for norm in block.norms_behind]
+        added = [norm(each) for norm, each in zip(norms, added, strict=True)]
+    expected = seen["entrance"].reshape(-1, width) + sum(added)
+    torch.testing.assert_close(seen["exit"].reshape(-1, width), expected, atol=1e-5, rtol=1e-5)
+
+    for linear in block.writers:
+        writer: Any = module.get_submodule(linear)
+        writer.weight.zero_()
+        if writer.bias is not None:
+            writer.bias.zero_()
+    silent = model(ids).logits
+    for linear in set(block.linears) - set(block.writers):
+        module.get_submodule(linear).weight.add_(1.0)
+    assert torch.equal(model(ids).logits, silent)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if not name.startswith(("opt", "phi3"))])
 def test_grouped_queries_have_narrow_keys_and_values(name):
     model = tiny_model(name)
-    block = model.get_submodule(layout_of(model.config).block_name(0))
+    layout = layout_of(model.config)
+    block = model.get_submodule(layout.block_name(0))
     head = getattr(model.config, "head_dim", None) or 16
-    q, k, v, o = (block.get_submodule(linear) for linear in layout_of(model.config).attention)
+    q, k, v, o = (block.get_submodule(linear) for linear in layout.block(0).attention)
     assert q.weight.shape == (4 * head, 64)
     assert k.weight.shape == v.weight.shape == (2 * head, 64)
     assert o.weight.shape == (64, 4 * head)
+
+
+def test_fused_queries_keys_and_values_feed_by_their_last_rows():
+    model = tiny_model("phi3")
+    layout = layout_of(model.config)
+    fused = model.get_submodule(layout.block_name(0)).get_submodule(layout.block(0).attention[0])
+    assert fused.weight.shape == ((4 + 2 + 2) * 16, 64)
+    feed = layout.block(0).sites[1].feed
+    assert feed is not None
+    assert feed.rows is not None
+    assert feed.heads == (2, 2)
+    assert feed.rows.within(fused.out_features) == slice((4 + 2) * 16, (4 + 2 + 2) * 16)
 
 
 @every_model
@@ -150,7 +293,7 @@ def test_supported_types_are_known_to_transformers():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (Phi3Config(pad_token_id=0), "'phi3' is not supported"),
+        (FalconConfig(), "'falcon' is not supported"),
         (MixtralConfig(), "a mixture of experts"),
         (Gemma3Config(), "its text model alone, type 'gemma3_text'"),
         (object(), "None is not supported"),

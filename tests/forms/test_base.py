@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmpress.forms import Dense, Form, LowRank, Quantized, Sum, form_from_description
+from lmpress.forms import (
+    Dense,
+    Form,
+    LowRank,
+    Pivoted,
+    Quantized,
+    ScaledCodes,
+    Sparse,
+    Sum,
+    form_from_description,
+)
 from tests.forms.strategies import Example, examples
 
 PROFILE = settings(max_examples=60, deadline=None)
@@ -160,6 +170,23 @@ def test_gradient_of_the_scale_by_hand() -> None:
     assert scale.grad.tolist() == [[0 * 1 + 1 * 10, 300 + 4000], [-2 + 30, 300 + 4000]]
 
 
+def nested(depth: int) -> list[object]:
+    return [nested(depth - 1)] if depth else []
+
+
+DENSE = {"form": "dense", "shape": [1, 1], "dtype": "float32"}
+INT8 = {
+    "form": "quantized",
+    "shape": [1, 1],
+    "bits": 8,
+    "symmetric": True,
+    "scale_shape": [1, 1],
+    "scale_dtype": "float32",
+}
+BITMAP = {"kind": "bitmap", "kept": 1}
+EMPTY_SCALE = {"scale_shape": [1, 0], "scale_dtype": "float32"}
+
+
 @pytest.mark.parametrize(
     ("description", "words"),
     [
@@ -169,12 +196,27 @@ def test_gradient_of_the_scale_by_hand() -> None:
         ({"form": "dense", "shape": [1, -1], "dtype": "float32"}, "two whole numbers"),
         ({"form": "dense", "shape": [1, 2, 3], "dtype": "float32"}, "two whole numbers"),
         ({"form": "dense", "shape": "ab", "dtype": "float32"}, "two whole numbers"),
-        ({"form": "dense", "shape": [1, 1], "dtype": ["float32"]}, "is broken"),
+        ({"form": "dense", "shape": [1, 1], "dtype": ["float32"]}, "no floating-point type"),
         ({"form": ["dense"]}, "unknown form"),
         ({"form": "sum", "shape": [1, 1], "terms": 3}, "is broken"),
         ({"form": "sum", "shape": [1, 1], "terms": [3]}, "is an object"),
         ({"form": "dense", "shape": [1, 1], "dtype": "int8"}, "no floating-point type"),
         ({"form": "sum", "shape": [1, 1], "terms": []}, "at least one term"),
+        (DENSE | {"shape": [True, 1]}, "two whole numbers"),
+        (DENSE | {"shape": [1.0, 1]}, "two whole numbers"),
+        (DENSE | {"shape": [1 << 31, 1]}, "two whole numbers"),
+        (DENSE | {"shape": [1 << 30, 1 << 30]}, "no matrix has"),
+        ({"form": "sum", "shape": [1, 2], "terms": [DENSE]}, "described as one of"),
+        ({"form": "sum", "shape": [1, 1], "terms": [DENSE], "x": nested(40)}, "levels"),
+        (INT8 | {"bits": "8"}, "bits is a whole number"),
+        (INT8 | {"bits": float("inf")}, "bits is a whole number"),
+        (INT8 | {"symmetric": "no"}, "true or false"),
+        (INT8 | {"scale_shape": [1, 1, 1]}, "scale_shape is two"),
+        ({"form": "sparse", "shape": [1, 1], "pattern": BITMAP | {"kept": -1}, "values": DENSE}, "kept"),
+        (
+            {"form": "sparse", "shape": [1, 1], "pattern": BITMAP, "values": DENSE, **EMPTY_SCALE},
+            "do not fit",
+        ),
     ],
 )
 def test_a_broken_description_is_refused(description: dict[str, object], words: str) -> None:
@@ -192,3 +234,52 @@ def test_a_broken_grid_is_refused(changed: dict[str, object]) -> None:
     form_from_description(description)
     with pytest.raises(ValueError, match=r"bits|scales"):
         form_from_description(description | changed)
+
+
+def test_tensors_from_a_file_are_those_that_the_form_describes() -> None:
+    form = Dense(torch.ones(2, 3))
+    assert torch.equal(form.loaded({"weight": torch.zeros(2, 3)}).dense(), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="missing"):
+        form.loaded({})
+    with pytest.raises(ValueError, match=r"float32 \(3, 2\) instead of float32 \(2, 3\)"):
+        form.loaded({"weight": torch.ones(3, 2)})
+    with pytest.raises(ValueError, match="int64"):
+        form.loaded({"weight": torch.ones(2, 3, dtype=torch.int64)})
+
+
+def test_a_pattern_that_keeps_other_entries_is_damaged() -> None:
+    mask = torch.tensor([[True, False, True, False], [False, True, True, False]])
+    weight = torch.ones(2, 4)
+    for form in (Sparse.from_dense(weight, mask), Sum((Sparse.from_dense(weight, mask),))):
+        form.check()
+        first, packed = next(iter(form.tensors().items()))
+        with pytest.raises(ValueError, match="keeps 5 entries instead of 4"):
+            form.loaded(form.tensors() | {first: packed | torch.tensor([[0b1000], [0]], dtype=torch.uint8)})
+    pairs = Sparse.from_dense(weight, mask, (2, 4))
+    with pytest.raises(ValueError, match="no 2 of 4 entries"):
+        pairs.loaded(pairs.tensors() | {"pattern": torch.full((2, 3), 1, dtype=torch.uint8)})
+
+
+def test_an_index_of_other_pivots_is_damaged() -> None:
+    form = Pivoted.from_parts(
+        Dense(torch.ones(1, 3)), Dense(torch.ones(2, 1)), torch.tensor([True, False, False])
+    )
+    damaged = form.tensors() | {"index": torch.tensor([[0b11]], dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="names 2 pivot rows instead of 1"):
+        LowRank(Dense(torch.ones(2, 3)), form).loaded(
+            {"left_weight": torch.ones(2, 3)} | {f"right_{name}": tensor for name, tensor in damaged.items()}
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value"), [("starts", 0, 1), ("starts", 1, 99), ("overflow", 0, -1), ("overflow", 0, 8)]
+)
+def test_places_of_excess_that_are_damaged(name: str, at: int, value: int) -> None:
+    codes = torch.zeros(16, 8, dtype=torch.int32)
+    codes[3, 2], codes[9, 7] = 300, -300
+    form = ScaledCodes(codes, torch.ones(1, 1), torch.ones(1, 1)).compact()
+    form.check()
+    tensors = {key: tensor.clone() for key, tensor in form.tensors().items()}
+    tensors[name][at] = value
+    with pytest.raises(ValueError, match="damaged"):
+        form.loaded(tensors)

@@ -384,3 +384,12 @@ def test_counting_and_checking_in_parts_changes_nothing(monkeypatch: pytest.Monk
         broken[250, 2] = wrong
         with pytest.raises(ValueError, match=r"whole numbers|32 bits"):
             coded(broken)
+
+
+def test_more_codes_than_the_bytes_can_tell_of_are_not_made_room_for() -> None:
+    whole = coded(torch.zeros(1 << 10, 1 << 10, dtype=torch.int64))
+    assert torch.equal(whole.codes(), torch.zeros(1 << 10, 1 << 10, dtype=torch.int8))
+    bomb = replace(whole._coded(), shape=(1 << 20, 1 << 20), rows_per_chunk=1 << 16)
+    for decode in (bomb.decode, lambda: bomb.decode_rows(np.zeros(1, np.int64))):
+        with pytest.raises(ValueError, match="claims 1099511627776 codes"):
+            decode()

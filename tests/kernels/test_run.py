@@ -168,6 +168,10 @@ def test_nested(way: str, tokens: int) -> None:
 class Negated(Dense):
     """A form that the table does not know, though its parent is in it."""
 
+    @property
+    def storage(self) -> str:
+        return "negated"
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return -self.weight.to(dtype)
 

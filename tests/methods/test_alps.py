@@ -1,14 +1,16 @@
 """ALPS: the support it finds and the values on it, against least squares row by row."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from lmpress.forms import Sparse
 from lmpress.methods.alps import Admm, AlpsOptions, Metric, alps, refit
 from lmpress.methods.patterns import keep_largest
-from tests.methods.layers import layer, output_error
+from tests.methods.layers import layer, output_error, statistics_of
 from tests.methods.test_sparsegpt import least_squares
 
 
@@ -92,3 +94,73 @@ def test_rows_and_the_dense_output_guide_the_support() -> None:
     wanted = original @ weight.T
     moved = made(cross=cross)
     assert float((x @ moved.T - wanted).square().sum()) < float((x @ plain.T - wanted).square().sum())
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_metric_that_cannot_be_factored_is_damped_and_told(rank: int) -> None:
+    """Without damping, inputs that say the same leave rounding alone between H and an indefinite matrix."""
+    x = torch.randn(50, rank, generator=torch.Generator().manual_seed(2)) @ torch.randn(
+        rank, 24, generator=torch.Generator().manual_seed(3)
+    )
+    weight = layer(8, 24)[0]
+    statistics = statistics_of(100 * x)
+    hessian = statistics.require_hessian()
+    size = hessian.diagonal().sqrt()
+    noise = torch.randn(24, 24, generator=torch.Generator().manual_seed(4))
+    hessian = hessian + 0.05 * noise.fill_diagonal_(0) * size * size[:, None]
+    crooked = replace(statistics, hessian=(hessian + hessian.T) / 2)
+    result = alps(weight, crooked, AlpsOptions(damping=0.0, iterations=120))
+    assert isinstance(result.form, Sparse)
+    assert result.form.density == 0.5
+    assert bool(torch.isfinite(result.form.dense()).all())
+    assert result.report["damping"] > 0
+    whole = alps(weight, layer(8, 24)[2], AlpsOptions(damping=0.0, iterations=120))
+    assert whole.report["damping"] == 0
+
+
+def naive_admm(weight: Tensor, hessian: Tensor, damping: float, kept: int, most: int) -> tuple[Tensor, int]:
+    """The support by the letter of the paper, float64, a new inverse at every step; and the steps."""
+    hessian = hessian.double()
+    hessian = hessian + torch.diag((damping + 1e-8) * hessian.diagonal())
+    size = hessian.diagonal().sqrt()
+    matrix, target = hessian / size / size[:, None], weight.double() * size
+
+    def largest(values: Tensor) -> Tensor:
+        mask = torch.zeros(values.numel(), dtype=torch.bool)
+        mask[values.abs().flatten().topk(kept).indices] = True
+        return mask.view(values.shape)
+
+    rho, dual, last = 0.1, torch.zeros_like(target), largest(target)
+    sparse, support = target * last, last
+    for step in range(1, most + 1):
+        wanted = target @ matrix - dual + rho * sparse
+        dense = torch.linalg.solve(matrix + rho * torch.eye(len(matrix)), wanted, left=False)
+        support = largest(dense + dual / rho)
+        sparse = (dense + dual / rho) * support
+        dual = dual + rho * (dense - sparse)
+        if step % 3:
+            continue
+        moved = int((support != last).sum()) / kept
+        if step >= 30 and moved < 3e-4:
+            return support, step
+        last = support
+        rho *= 1.3 if moved > 0.1 else 1.2 if moved > 0.005 else 1.1 if moved > 0 else 0.2
+    return support, most
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_support_is_that_of_admm_done_naively(seed: int) -> None:
+    weight, _, statistics = layer(32, 48, seed=seed)
+    options = AlpsOptions(sparsity=0.6, damping=0.05, refit=0)
+    result = alps(weight, statistics, options)
+    assert isinstance(result.form, Sparse)
+    expected, steps = naive_admm(weight, statistics.require_hessian(), 0.05, round(0.4 * 32 * 48), 300)
+    assert result.report["iterations"] == steps
+    assert 30 <= steps < 300
+    assert float((result.form.pattern.mask() != expected).float().mean()) < 0.002
+    for few in (1, 5):
+        started = alps(weight, statistics, replace(options, iterations=few))
+        assert started.report["iterations"] == few
+        assert isinstance(started.form, Sparse)
+        expected, _ = naive_admm(weight, statistics.require_hessian(), 0.05, round(0.4 * 32 * 48), few)
+        assert float((started.form.pattern.mask() != expected).float().mean()) < 0.002

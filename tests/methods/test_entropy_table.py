@@ -110,3 +110,34 @@ def test_steps_that_float16_cannot_hold_are_its_smallest(size: float) -> None:
     assert float(form.row_scale.min()) > 0
     assert result.report["bits_per_weight"] <= 8.0
     assert float((tiny - form.dense()).norm()) <= 0.3 * float(tiny.norm())
+
+
+@pytest.mark.parametrize("dead_zone", [0.0, 0.15])
+def test_codes_of_a_table_without_a_metric(dead_zone: float) -> None:
+    """The nearest points, thresholds shifted by the dead zone times the step over the entry's deviation."""
+    weight = table() * torch.linspace(0.3, 2.0, 48)
+    sensitivity = torch.linspace(0.5, 3.0, 700)
+    options = EntropyOptions(dead_zone=dead_zone)
+    result = entropy_round(weight, 2.5, options, sensitivity=sensitivity)
+    form = result.form
+    assert isinstance(form, EntropyCoded)
+    steps = form.row_scale.double() * form.column_scale.double()
+    target = weight.double()
+    column = target.square().mean(0).sqrt()
+    row = (target / column).square().mean(1).sqrt()
+    spread = row[:, None] * (target / row[:, None]).square().mean(0).sqrt()
+    values = target / steps
+    shift = (dead_zone * steps / spread).clamp_max(0.3)
+    expected = torch.sign(values) * (values.abs() + 0.5 - shift).floor().clamp_min(0)
+    assert float((form.codes() != expected).double().mean()) < 1e-3
+    assert result.report["zeros"] == pytest.approx(float((expected == 0).double().mean()), abs=1e-3)
+    assert result.report["code_bytes"] == 1
+    error = float((target - form.dense()).norm() / target.norm())
+    assert result.report["weight_error"] == pytest.approx(error, rel=1e-4)
+    assert result.report["bits_per_weight"] <= 2.5
+
+
+def test_a_report_of_a_table_of_nothing() -> None:
+    report = entropy_round(torch.zeros(60, 48), 4.0, EntropyOptions()).report
+    assert report["zeros"] == 1.0
+    assert report["weight_error"] == 0.0

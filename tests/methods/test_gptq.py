@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ CASES = [
 @pytest.mark.parametrize("order", ["none", "group-aware", "activation"])
 def test_better_than_rounding_and_on_the_grid(case: dict[str, Any], order: str) -> None:
     weight, statistics = random_weight(24, 64), statistics_of(inputs(64))
-    result = gptq(weight, statistics, GptqOptions(**case, order=order))
+    result = gptq(weight, statistics, GptqOptions(**case, order=order, clip=True))
     form = result.form
     assert isinstance(form, Quantized)
     assert (form.bits, form.granularity, form.symmetric) == tuple(case.values())
@@ -112,16 +113,9 @@ def test_sweeps_reach_the_optimum_of_a_tiny_grid() -> None:
 
 def test_sweeps_never_raise_the_loss() -> None:
     weight, statistics = random_weight(16, 48), statistics_of(inputs(48))
+    options = GptqOptions(bits=3, granularity="group:16", damping=0.0, symmetric=False, clip=True)
     losses = [
-        loss_of(
-            weight,
-            gptq(
-                weight,
-                statistics,
-                GptqOptions(bits=3, granularity="group:16", damping=0.0, sweeps=n, symmetric=False),
-            ).form,
-            statistics,
-        )
+        loss_of(weight, gptq(weight, statistics, replace(options, sweeps=n)).form, statistics)
         for n in range(4)
     ]
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
@@ -130,7 +124,7 @@ def test_sweeps_never_raise_the_loss() -> None:
 
 def test_rows_do_not_know_of_each_other() -> None:
     weight, statistics = random_weight(12, 32), statistics_of(inputs(32))
-    options = GptqOptions(bits=4, granularity="group:8", symmetric=False)
+    options = GptqOptions(bits=4, granularity="group:8", symmetric=False, clip=True)
     whole = gptq(weight, statistics, options).form.dense()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     shuffled = gptq(weight[order], statistics, options).form.dense()
@@ -141,7 +135,7 @@ def test_inputs_may_be_permuted_within_the_order() -> None:
     """With columns sorted by energy, a permutation of the inputs permutes the result."""
     x = inputs(32)
     weight, statistics = random_weight(12, 32), statistics_of(x)
-    options = GptqOptions(bits=4, granularity="channel", order="activation")
+    options = GptqOptions(bits=4, granularity="channel", order="activation", clip=True)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
     whole = gptq(weight, statistics, options).form.dense()
     permuted = gptq(weight[:, order], statistics_of(x[:, order]), options).form.dense()
@@ -159,9 +153,9 @@ def test_orders() -> None:
 def test_dynamic_groups_fit_the_compensated_weight() -> None:
     weight, statistics = random_weight(24, 64), statistics_of(inputs(64))
     for symmetric in (True, False):
-        options = GptqOptions(bits=3, granularity="group:16", symmetric=symmetric, static_groups=False)
-        result = gptq(weight, statistics, options)
-        static = gptq(weight, statistics, GptqOptions(bits=3, granularity="group:16", symmetric=symmetric))
+        options = GptqOptions(bits=3, granularity="group:16", symmetric=symmetric, clip=True)
+        result = gptq(weight, statistics, replace(options, static_groups=False))
+        static = gptq(weight, statistics, options)
         assert isinstance(result.form, Quantized)
         assert isinstance(static.form, Quantized)
         assert not torch.equal(result.form.scale, static.form.scale)
@@ -173,7 +167,7 @@ def test_a_diagonal_hessian_leaves_plain_rounding() -> None:
     weight = random_weight(8, 16)
     energy = torch.rand(16, generator=torch.Generator().manual_seed(0)) + 0.1
     statistics = InputStatistics(9, torch.zeros(16), energy, None, torch.diag(energy))
-    result = gptq(weight, statistics, GptqOptions(bits=4, granularity="group:8", damping=0.0))
+    result = gptq(weight, statistics, GptqOptions(bits=4, granularity="group:8", damping=0.0, clip=True))
     solved = result.form
     rounded = round_to_nearest(
         weight, statistics, RoundOptions(bits=4, granularity="group:8", clip=True)
@@ -188,7 +182,7 @@ def test_asymmetric_calibration_serves_the_original_outputs() -> None:
     compressed = original + 0.5 * torch.randn(800, 32, generator=generator) * original.std(0)
     statistics = statistics_of(compressed)
     cross = (original - compressed).T @ compressed / len(original)
-    options = GptqOptions(bits=4, granularity="channel", asymmetry=1.0, damping=1e-4)
+    options = GptqOptions(bits=4, granularity="channel", asymmetry=1.0, damping=1e-4, clip=True)
 
     def error(form: Any) -> float:
         return float((original @ weight.T - compressed @ form.dense().T).square().mean())
@@ -205,7 +199,8 @@ def test_asymmetric_calibration_serves_the_original_outputs() -> None:
 
 def test_a_singular_hessian_is_mended_and_told() -> None:
     weight, statistics = random_weight(8, 64), statistics_of(inputs(64, tokens=10))
-    report = gptq(weight, statistics, GptqOptions(bits=4, granularity="channel", damping=0.0)).report
+    options = GptqOptions(bits=4, granularity="channel", damping=0.0, clip=True)
+    report = gptq(weight, statistics, options).report
     assert report["damping"] > 0
     assert report["tokens"] == 10
     assert report["output_error"] < report["rounded_error"]
@@ -215,7 +210,7 @@ def test_dead_inputs_are_rounded() -> None:
     x = inputs(16)
     x[:, 5] = 0
     weight = random_weight(8, 16)
-    result = gptq(weight, statistics_of(x), GptqOptions(bits=8, granularity="channel"))
+    result = gptq(weight, statistics_of(x), GptqOptions(bits=8, granularity="channel", clip=True))
     assert result.report["dead_inputs"] == 1
     assert float((result.form.dense() - weight)[:, 5].abs().max()) < 0.01
 
@@ -227,21 +222,21 @@ def test_bad_requests() -> None:
     with pytest.raises(ValueError, match="order"):
         GptqOptions(order="random")
     with pytest.raises(ValueError, match="static"):
-        GptqOptions(order="activation", static_groups=False)
+        GptqOptions(order="activation", granularity="group:64", static_groups=False)
     with pytest.raises(ValueError, match="divide"):
         gptq(weight, statistics, GptqOptions(granularity="group:5"))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="not fit a weight"):
         gptq(weight[:, :8], statistics, GptqOptions())
     with pytest.raises(ValueError, match="Hessian"):
         gptq(weight, InputStatistics(1, torch.zeros(16), torch.ones(16), None, None), GptqOptions())
     with pytest.raises(ValueError, match="cross"):
-        gptq(weight, statistics, GptqOptions(granularity="channel"), cross=torch.zeros(3, 3))
+        gptq(weight, statistics, GptqOptions(granularity="channel", asymmetry=0.5), cross=torch.zeros(3, 3))
 
 
 def test_half_precision_weights_and_determinism() -> None:
     weight, statistics = random_weight(8, 32).to(torch.bfloat16), statistics_of(inputs(32))
-    first = gptq(weight, statistics, GptqOptions(granularity="group:8")).form
-    again = gptq(weight, statistics, GptqOptions(granularity="group:8")).form
+    first = gptq(weight, statistics, GptqOptions(granularity="group:8", clip=True)).form
+    again = gptq(weight, statistics, GptqOptions(granularity="group:8", clip=True)).form
     assert torch.equal(first.dense(), again.dense())
     upper = damped_inverse_factor(statistics.require_hessian()).upper
     assert upper.dtype == torch.float32

@@ -67,3 +67,32 @@ def test_what_is_refused() -> None:
         hybrid_granularities(BLOCK, "median")
     with pytest.raises(ValueError, match="between 0 and 100"):
         hybrid_granularities(BLOCK, "percentile", percentile=101)
+
+
+def test_what_holds_where_nothing_is_said() -> None:
+    """The median, and half a standard deviation of the population."""
+    many = {f"x.{i}": (1000 + i, 1) for i in range(101)}
+    chosen = hybrid_granularities(many, "percentile")
+    assert [name for name, kind in chosen.items() if kind == "channel"] == [f"x.{i}" for i in range(50, 101)]
+    few = {"x.a": (100, 1), "x.b": (100, 1), "x.c": (100, 1), "x.d": (300, 1), "x.e": (400, 1)}
+    assert channels(hybrid_granularities(few, "meanstd")) == {"d", "e"}  # mean 200, deviation 126.5
+    assert channels(hybrid_granularities(BLOCK, "meanstd", k=1.5)) == {
+        "gate_proj",
+        "up_proj",
+    }  # 568 if sampled
+
+
+@pytest.mark.parametrize("percentile", [-1, 100.5])
+def test_percentiles_out_of_range(percentile: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 100"):
+        hybrid_granularities(BLOCK, "percentile", percentile=percentile)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.mlp.x", "h.gate_proj", "h.up_proj", "h.down_proj.0", "layers.1.fc1", "layers.1.fc2"]
+)
+def test_every_name_of_an_mlp(name: str) -> None:
+    assert hybrid_granularities({name: (1, 1), "h.fc3": (9, 9)}, "name") == {
+        name: "channel",
+        "h.fc3": "tensor",
+    }

@@ -145,3 +145,35 @@ def test_relative_loss_is_that_of_the_outputs() -> None:
     expected = (x @ (weight - other).T).square().sum() / (x @ weight.T).square().sum()
     assert relative_loss(weight, other, x.T @ x / 50) == pytest.approx(float(expected), rel=1e-4)
     assert relative_loss(torch.zeros(4, 7), other, x.T @ x) == 0.0
+
+
+def test_damping_grows_by_its_factor_until_it_works() -> None:
+    indefinite = torch.tensor([[1.0, 1.2], [1.2, 1.0]], dtype=torch.float64)  # takes more than 20 %
+    for start, growth, used in ((0.03, 3.0, 0.27), (0.0, 10.0, 1.0), (0.25, 2.0, 0.25)):
+        factor = damped_inverse_factor(indefinite, start, growth=growth)
+        assert factor.damping == pytest.approx(used)
+        assert not factor.fallback
+        damped = indefinite + used * torch.eye(2, dtype=torch.float64)
+        torch.testing.assert_close(factor.upper.T @ factor.upper, torch.linalg.inv(damped))
+        torch.testing.assert_close(factor.added, torch.full((2,), used, dtype=torch.float64))
+    for growth in (1.0, 0.5):
+        with pytest.raises(ValueError, match="grows by a factor above 1"):
+            damped_inverse_factor(indefinite, 0.1, growth=growth)
+
+
+def test_the_largest_damping_is_still_tried() -> None:
+    far = torch.tensor([[1.0, 10.5], [10.5, 1.0]], dtype=torch.float64)  # takes more than 9.5
+    assert damped_inverse_factor(far, 1.0).damping == 10.0
+    assert not damped_inverse_factor(far, 1.0).fallback
+    farther = torch.tensor([[1.0, 11.5], [11.5, 1.0]], dtype=torch.float64)
+    assert damped_inverse_factor(farther, 1.0).fallback
+
+
+def test_damping_by_channel_is_of_each_diagonal_entry() -> None:
+    hessian = torch.diag(torch.tensor([1.0, 4.0, 100.0], dtype=torch.float64))
+    factor = damped_inverse_factor(hessian, 0.5, per_channel=True)
+    torch.testing.assert_close(factor.added, torch.tensor([0.5, 2.0, 50.0], dtype=torch.float64))
+    torch.testing.assert_close(factor.energy, hessian.diagonal())
+    mean = damped_inverse_factor(hessian, 0.5)
+    torch.testing.assert_close(mean.added, torch.full((3,), 17.5, dtype=torch.float64))
+    assert mean.report() == {"damping": 0.5}

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmpress.methods import knapsack
 from lmpress.methods.knapsack import allocate, solve
 
 items = st.lists(
@@ -113,3 +114,29 @@ def test_bad_requests() -> None:
         allocate([[float("nan")]], [[1]], 1)
     with pytest.raises(ValueError, match="whole"):
         allocate([[1.0]], [[-1]], 1)
+
+
+@pytest.mark.parametrize("most", [3, 20])
+def test_thinned_states_are_told_and_bounded(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond so many states the search is not complete: it says so, and the bound still holds."""
+    draw = random.Random(1)
+    costs = [[draw.random() * 4 ** (3 - k) for k in range(4)] for _ in range(14)]
+    sizes = [[draw.randint(90, 110) * (k + 1) for k in range(4)] for _ in range(14)]
+    budget = int(0.6 * sum(own[-1] for own in sizes))
+    best = solve(costs, sizes, budget)
+    assert best.exact
+    assert best.bound == best.cost
+    monkeypatch.setattr(knapsack, "MOST_STATES", most)
+    thinned = solve(costs, sizes, budget)
+    assert not thinned.exact
+    assert thinned.bound <= best.cost <= thinned.cost <= 1.2 * best.cost
+    assert thinned.bound > 0.8 * best.cost
+    assert thinned.size == sum(own[k] for own, k in zip(sizes, thinned.choices, strict=True)) <= budget
+
+
+def test_a_budget_that_is_just_met() -> None:
+    assert solve([[2.0, 1.0]], [[3, 5]], 5).choices == [1]
+    assert solve([[2.0, 1.0]], [[3, 5]], 4).choices == [0]
+    assert solve([[2.0, 1.0]], [[3, 5]], 3).size == 3
+    empty = solve([], [], 0)
+    assert (empty.choices, empty.cost, empty.size, empty.bound, empty.exact) == ([], 0.0, 0, 0.0, True)

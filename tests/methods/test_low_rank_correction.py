@@ -83,9 +83,45 @@ def test_what_is_refused() -> None:
     weight, _, statistics = layer(12, 16)
     with pytest.raises(ValueError, match="correction of a form"):
         low_rank_correction(weight, Dense(weight.T), statistics, CorrectionOptions())
+    with pytest.raises(ValueError, match="the form to correct is not finite"):
+        low_rank_correction(weight, Dense(weight * float("nan")), statistics, CorrectionOptions())
     with pytest.raises(ValueError, match="needs statistics"):
         low_rank_correction(weight, rounded(weight), None, CorrectionOptions())
     with pytest.raises(ValueError, match="the metric"):
         CorrectionOptions(metric="taste")
     with pytest.raises(ValueError, match="Hessian alone"):
         CorrectionOptions(metric="none", bits=4)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_damping_that_it_took_is_told(bits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _, statistics = layer(12, 16)
+    options = CorrectionOptions(rank=2, damping=0.02, bits=bits)
+    told = low_rank_correction(weight, rounded(weight), statistics, options).report["damping"]
+    assert told == pytest.approx(0.02)
+    whole = torch.linalg.eigh
+    calls = [0]
+
+    def fails_first(matrix: torch.Tensor) -> object:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise torch.linalg.LinAlgError("did not converge")
+        return whole(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_first)
+    mended = low_rank_correction(weight, rounded(weight), statistics, options).report["damping"]
+    assert mended == pytest.approx(0.02 + 1e-6)
+    none = CorrectionOptions(rank=2, metric="none")
+    assert low_rank_correction(weight, rounded(weight), None, none).report["damping"] == 0
+
+
+@pytest.mark.parametrize("metric", ["hessian", "none"])
+def test_errors_are_of_the_output_where_the_hessian_is_known(metric: str) -> None:
+    weight, x, statistics = layer(12, 16)
+    form, options = rounded(weight), CorrectionOptions(rank=2, metric=metric)
+    result = low_rank_correction(weight, form, statistics, options)
+    for name, made in (("error_before", form), ("error_after", result.form)):
+        assert result.report[name] == pytest.approx(output_error(weight, made.dense(), x), rel=1e-3)
+    plain = low_rank_correction(weight, form, None, CorrectionOptions(rank=2, metric="none")).report
+    strayed = (weight - form.dense()).square().sum() / weight.square().sum()
+    assert plain["error_before"] == pytest.approx(float(strayed), rel=1e-4)

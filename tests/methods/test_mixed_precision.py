@@ -118,3 +118,33 @@ def test_a_sensitivity_counts_in_proportion() -> None:
     one = torch.nn.functional.one_hot(torch.arange(8)).float()
     assert loss(4.0) == pytest.approx(4 * loss(1.0))
     assert sum(loss(row) for row in one) == pytest.approx(loss(1.0))
+
+
+def test_a_sample_is_spread_over_all_rows_and_scaled_up() -> None:
+    weight, deviations = random_weight(9, 16), torch.ones(16)
+
+    def loss(rows: Tensor, sample: int) -> float:
+        how = {"granularity": "channel", "symmetric": True, "clip": False}
+        return predicted_losses(rows, deviations, [3], sample_rows=sample, **how)[0]
+
+    each = [loss(row[None], 1) for row in weight]
+    assert loss(weight, 3) == pytest.approx(3 * (each[0] + each[4] + each[8]))
+    assert loss(weight, 9) == pytest.approx(sum(each))
+    assert loss(weight, 8) != pytest.approx(sum(each), rel=1e-3)
+
+
+def test_a_sample_has_128_rows_where_nothing_is_said() -> None:
+    weight = random_weight(300, 8)
+    how = {"granularity": "channel", "symmetric": True, "clip": False}
+    told = predicted_losses(weight, torch.ones(8), [3], **how)
+    assert told == predicted_losses(weight, torch.ones(8), [3], sample_rows=128, **how)
+    assert told != predicted_losses(weight, torch.ones(8), [3], sample_rows=127, **how)
+
+
+def test_deviations_of_rounding_are_of_the_mean_square() -> None:
+    x = inputs(6) * torch.tensor([1.0, 1.0, 0.0, 1.0, 1e-6, 1.0])
+    statistics = statistics_of(x)
+    square = statistics.second_moment
+    expected = torch.maximum(square, 1e-6 * square.mean()).rsqrt()
+    torch.testing.assert_close(error_deviations(statistics, None), expected)
+    assert error_deviations(statistics_of(torch.zeros(4, 6)), None).tolist() == [1.0] * 6

@@ -3,14 +3,18 @@
 import pytest
 import torch
 
-from lmpress.forms import Quantized, Sparse
+from lmpress.forms import Dense, Quantized, Sparse
+from lmpress.forms.pattern import MAX_GROUP
 from lmpress.methods.patterns import (
     Grid,
+    check_grid_fits,
     dense_quantized_form,
     density_of,
     keep_largest,
     parse_pattern,
     sparse_quantized_form,
+    survivors,
+    with_priority,
 )
 
 SCORES = torch.rand(6, 16, generator=torch.Generator().manual_seed(0))
@@ -79,3 +83,82 @@ def test_asymmetric_grids() -> None:
     ragged = keep_largest(SCORES, 0.4, None, per_row=False)
     with pytest.raises(ValueError, match="symmetric grid"):
         sparse_quantized_form(codes, ragged, None, grid)
+
+
+def test_the_ends_of_what_is_allowed() -> None:
+    assert density_of("unstructured", 0.0) == 1
+    assert density_of("unstructured", 1.0) == 0
+    for sparsity in (-0.01, 1.01):
+        with pytest.raises(ValueError, match="sparsity lies in"):
+            density_of("unstructured", sparsity)
+    assert parse_pattern(f"1:{MAX_GROUP}") == (1, MAX_GROUP)
+    assert parse_pattern("4:4") == (4, 4)
+    for wrong in (f"1:{MAX_GROUP + 1}", "4", "4:", ":4", "a:4", "2:b"):
+        with pytest.raises(ValueError, match="a pattern is"):
+            parse_pattern(wrong)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("per_tensor", [True, False])
+@pytest.mark.parametrize("group", [None, (2, 4)])
+def test_which_grids_survivors_can_have(
+    symmetric: bool, per_tensor: bool, group: tuple[int, int] | None
+) -> None:
+    """One zero point for all, none, or as many survivors in every row."""
+    if symmetric or per_tensor or group:
+        check_grid_fits(symmetric, per_tensor, group)
+    else:
+        with pytest.raises(ValueError, match="symmetric grid"):
+            check_grid_fits(symmetric, per_tensor, group)
+
+
+def test_unstructured_survivors_with_one_zero_point() -> None:
+    codes = torch.randint(0, 16, (6, 16), generator=torch.Generator().manual_seed(3))
+    grid = Grid(torch.tensor([[0.5]]), torch.tensor([[7]]), 4)
+    mask = keep_largest(SCORES, 0.4, None, per_row=False)
+    form = sparse_quantized_form(codes, mask, None, grid)
+    assert torch.equal(form.dense(), (codes - 7) * 0.5 * mask)
+    assert form.scale is None
+    assert torch.equal(dense_quantized_form(codes, mask, grid).dense(), (codes - 7) * 0.5 * mask)
+
+
+def test_scales_move_to_where_they_fit() -> None:
+    """With the values where rows keep as many, else to the pattern."""
+    codes = torch.randint(-8, 8, (6, 16), generator=torch.Generator().manual_seed(4), dtype=torch.int8)
+    by_row = Grid(torch.rand(6, 1) + 0.1, None, 4)
+    even = keep_largest(SCORES, 0.5, None, per_row=True)
+    assert sparse_quantized_form(codes, even, None, by_row).scale is None
+    ragged = keep_largest(SCORES, 0.5, None, per_row=False)
+    assert sparse_quantized_form(codes, ragged, None, by_row).scale is not None
+    by_group = Grid(torch.rand(6, 4) + 0.1, None, 4)
+    assert sparse_quantized_form(codes, even, None, by_group).scale is not None  # groups keep unlike numbers
+    pattern = keep_largest(SCORES, 0.5, (2, 4), per_row=False)
+    assert sparse_quantized_form(codes, pattern, (2, 4), by_group).scale is None
+    for mask, grid in ((even, by_row), (ragged, by_row), (even, by_group)):
+        scale = grid.scale.repeat_interleave(16 // grid.scale.shape[1], 1)
+        torch.testing.assert_close(
+            sparse_quantized_form(codes, mask, None, grid).dense(), codes * scale * mask
+        )
+
+
+def test_protected_scores_come_first_and_keep_their_order() -> None:
+    protected = torch.zeros(6, 16, dtype=torch.bool)
+    protected[2, :5] = True
+    raised = with_priority(SCORES, protected)
+    assert float(raised[protected].min()) > float(raised[~protected].max())
+    assert torch.equal(raised[2, :5].argsort(), SCORES[2, :5].argsort())
+    assert torch.equal(raised[~protected], SCORES[~protected])
+    zeros = torch.zeros(2, 3)
+    zeros[0, 0] = 4.0
+    first = with_priority(zeros, zeros.new_tensor([[0, 0, 0], [0, 1, 0]]).bool())
+    assert int(first.argmax()) == 4  # even where its own score is nothing
+    assert with_priority(SCORES, None) is SCORES
+
+
+def test_survivors_are_the_pattern_or_what_is_not_zero() -> None:
+    weight = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    mask = torch.tensor([[True, True], [False, True]])
+    for form, expected in ((Dense(weight), weight != 0), (Sparse.from_dense(weight, mask), mask)):
+        dense, found = survivors(form)
+        assert torch.equal(dense, weight)
+        assert torch.equal(found, expected)

@@ -96,3 +96,10 @@ def test_rank_for_a_budget(shape: tuple[int, int], keep: float) -> None:
     rank = pivoted_rank(shape, keep)
     best = max(r for r in range(min(shape) + 1) if r * (m + n) - r * r <= keep * m * n + 1e-6)
     assert rank == best
+
+
+@pytest.mark.parametrize(("safe_bits", "safe"), [(0.0, False), (9.0, True)])
+def test_what_loses_more_bits_than_allowed_is_called_unsafe(safe_bits: float, safe: bool) -> None:
+    report = pivot(factors(60, 30, 20), PivotOptions(safe_bits=safe_bits)).report
+    assert 0 < report["bits_lost"] < 9
+    assert report["quantization_safe"] is safe

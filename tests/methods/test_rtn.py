@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from lmpress.forms import Quantized
 from lmpress.methods.rtn import (
+    SHRINKS,
     RoundOptions,
     choose_scale_dtype,
     fit_grid,
@@ -218,3 +221,9 @@ def test_the_report_measures_the_weight() -> None:
         "symmetric": True,
         "scale_dtype": "float16",
     }
+
+
+def test_ranges_shrink_from_whole_to_three_tenths() -> None:
+    assert SHRINKS[0] == 1.0
+    assert SHRINKS[-1] == pytest.approx(0.3)
+    assert all(before - after == pytest.approx(0.02) for before, after in pairwise(SHRINKS))

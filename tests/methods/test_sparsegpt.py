@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lmpress.forms import Quantized, Sparse
 from lmpress.methods.alps import AlpsOptions, alps
+from lmpress.methods.rtn import fit_grid
 from lmpress.methods.sparsegpt import (
     SparseGptOptions,
     prune_then_quantize,
@@ -182,7 +183,7 @@ def test_what_is_refused() -> None:
     weight, _, statistics = layer(4, 10)
     with pytest.raises(ValueError, match="multiple of 4"):
         sparsegpt(weight, statistics, SparseGptOptions(pattern="2:4"))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="not fit a weight"):
         sparsegpt(weight[:, :8], statistics, SparseGptOptions())
     with pytest.raises(ValueError, match="symmetric grid"):
         SparseGptOptions(bits=4, symmetric=False)
@@ -222,3 +223,39 @@ def test_asymmetric_calibration_comes_back_to_the_dense_output(bits: int | None)
         return float((x @ made.T - wanted).square().sum() / wanted.square().sum())
 
     assert error(1.0) < error(0.5) < error(0.0)
+
+
+def expected_support(scores: Tensor, kept: int) -> Tensor:
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[scores.flatten().topk(kept).indices] = True
+    return mask.view(scores.shape)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_the_joint_mask_is_by_what_removing_costs_more_than_rounding(bits: int, granularity: str) -> None:
+    """`(w^2 - (w - Q(w))^2) / U_jj^2`, all columns in one block, on the grid of the first pass."""
+    weight, _, statistics = layer(12, 16)
+    options = SparseGptOptions(bits=bits, block=16, granularity=granularity)
+    form = sparsegpt(weight, statistics, options).form
+    assert isinstance(form, Sparse)
+    pruned = sparsegpt(weight, statistics, SparseGptOptions(block=16)).form.dense()
+    importance = statistics.require_hessian().diagonal()
+    scale, _ = fit_grid(pruned, bits, granularity, clip=True, importance=importance)
+    step = scale.float()
+    rounded = (weight / step).round().clamp(-(1 << bits - 1), (1 << bits - 1) - 1) * step
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped(statistics.require_hessian())), upper=True)
+    saved = weight.double().square() - (weight - rounded).double().square()
+    expected = expected_support(saved / upper.diagonal().square(), 96)
+    assert torch.equal(form.pattern.mask(), expected)
+    assert not torch.equal(expected, expected_support((weight.double() / upper.diagonal()).square(), 96))
+
+
+def test_rows_count_by_the_square_of_their_weight() -> None:
+    weight, _, statistics = layer(12, 16)
+    counts = torch.linspace(0.5, 2.0, 12)
+    form = sparsegpt(weight, statistics, SparseGptOptions(block=16), row_weights=counts).form
+    assert isinstance(form, Sparse)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped(statistics.require_hessian())), upper=True)
+    scores = (weight.double() * counts[:, None] / upper.diagonal()).square()
+    assert torch.equal(form.pattern.mask(), expected_support(scores, 96))

@@ -1,5 +1,6 @@
 """Sparse + low-rank: budgets, curves, and what it has to beat."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_the_curve_falls_to_the_error_of_the_result(metric: str) -> None:
     curve = result.report["curve"]
     assert len(curve) > 5
     assert all(after <= before for before, after in pairwise(curve))
-    assert curve[-1] < 0.5 * curve[1]
+    assert curve[-1] < 0.5 * curve[0]
     hessian = statistics.require_hessian().double()
     if metric == "diagonal":
         hessian = torch.diag(hessian.diagonal())
@@ -241,3 +242,56 @@ def test_asymmetric_calibration_comes_back_to_the_dense_output(kappa: float | No
         return float((x @ made.T - wanted).square().sum() / wanted.square().sum())
 
     assert error(1.0) < error(0.0)
+
+
+@pytest.mark.parametrize("metric", ["hessian", "diagonal"])
+@pytest.mark.parametrize("protect", [0.04, 0.2, 0.9])
+def test_protection_never_takes_what_the_sparse_term_keeps(metric: str, protect: float) -> None:
+    """Where all of the support were protected, there would be nothing left to solve for."""
+    weight, x, statistics = built()
+    options = SslcOptions(
+        sparsity=0.9, kappa=0.6, metric=metric, protect=protect, damping=0.01, iterations=30
+    )
+    result = sslc(weight, statistics, options)
+    assert isinstance(result.form, Sum)
+    sparse, low_rank = result.form.terms
+    assert isinstance(sparse, Sparse)
+    assert isinstance(low_rank, LowRank)
+    assert sparse.density == pytest.approx(0.04, abs=0.006)  # a whole number of entries, a row
+    assert result.report["density"] == sparse.density
+    assert result.report["rank"] == low_rank.rank
+    assert result.report["parameters"] == pytest.approx(parameters(result.form) / weight.numel())
+    free = sslc(weight, statistics, replace(options, protect=0.0)).form
+    assert output_error(weight, result.form.dense(), x) < 1.25 * output_error(weight, free.dense(), x)
+
+
+def test_a_row_with_more_salient_entries_than_it_keeps() -> None:
+    """The largest of them stay, and no row loses its share to another."""
+    weight, _, statistics = built()
+    weight[3] *= 100
+    form = sslc(weight, statistics, SslcOptions(metric="diagonal", kappa=0.3, protect=0.015)).form
+    assert isinstance(form, Sum)
+    assert isinstance(form.terms[0], Sparse)
+    mask = form.terms[0].pattern.mask()
+    assert bool((mask.sum(1) == round(0.35 * 96)).all())
+    assert result_error(form, weight) < 0.2
+
+
+def result_error(form: Sum, weight: Tensor) -> float:
+    return float((form.dense() - weight).square().sum() / weight.square().sum())
+
+
+@pytest.mark.parametrize("metric", ["hessian", "diagonal"])
+def test_what_is_protected_is_most_salient_in_both_metrics(metric: str) -> None:
+    """Entries that a low-rank term explains would leave S, were they not protected."""
+    weight, x, statistics = built()
+    options = SslcOptions(protect=0.02, kappa=0.6, sparsity=0.7, metric=metric, iterations=40)
+    salience = weight.abs() * x.square().mean(0).sqrt()
+    salient = salience >= salience.flatten().sort(descending=True).values[round(0.02 * 64 * 96) - 1]
+    kept = {}
+    for name, share in (("protected", options), ("free", replace(options, protect=0.0))):
+        form = sslc(weight, statistics, share).form
+        assert isinstance(form, Sum)
+        assert isinstance(form.terms[0], Sparse)
+        kept[name] = float(form.terms[0].pattern.mask()[salient].float().mean())
+    assert kept["protected"] == 1 > kept["free"]

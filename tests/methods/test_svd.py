@@ -247,11 +247,12 @@ def test_paper_mode_gives_up_above_four_fifths() -> None:
 def test_closed_form_left_is_least_squares() -> None:
     weight, x = weights(12, 16, 15), inputs(16, 300, 16)
     right = weights(5, 16, 17)
-    left = closed_form_left(weight, right, statistics_of(x), damping=0.0)
+    left, used = closed_form_left(weight, right, statistics_of(x), damping=0.0)
+    assert used == 0
     expected = torch.linalg.lstsq(x @ right.T, x @ weight.T).solution.T
     torch.testing.assert_close(left, expected, rtol=1e-5, atol=1e-6)
     duplicated = torch.cat([right, right[:1]])  # B H B^T is singular
-    twin = closed_form_left(weight, duplicated, statistics_of(x), damping=0.0)
+    twin, _ = closed_form_left(weight, duplicated, statistics_of(x), damping=0.0)
     torch.testing.assert_close(twin @ duplicated, left @ right, rtol=1e-4, atol=1e-4)
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from lmpress.forms import LowRank
-from lmpress.methods.svd_llm import SvdLlmOptions, factor_cost, ranks_for_budget, spectrum, svd_llm
+from lmpress.methods.svd_llm import (
+    SvdLlmOptions,
+    factor_cost,
+    ranks_for_budget,
+    row_weights,
+    spectrum,
+    svd_llm,
+)
 from tests.methods.layers import layer, output_error, statistics_of
 from tests.methods.test_subspace import whitened_tail
 
@@ -35,7 +42,7 @@ def test_the_update_is_least_squares_towards_the_original_output() -> None:
         x.std(0)
     )
     cross = (original - x).double().T @ x.double() / len(x)
-    options = SvdLlmOptions(rank=5, damping=0.0)
+    options = SvdLlmOptions(rank=5, damping=0.0, update=1.0)
     plain = svd_llm(weight.double(), statistics, options).form
     updated = svd_llm(weight.double(), statistics, options, cross=cross).form
     assert isinstance(updated, LowRank)
@@ -126,3 +133,10 @@ def test_what_is_refused() -> None:
         ranks_for_budget(spectra(), SHAPES[:2], 0.5)
     with pytest.raises(ValueError, match="ratio"):
         SvdLlmOptions(ratio=1.5)
+
+
+def test_rows_weigh_the_root_of_their_sensitivity() -> None:
+    """An output that no gradient was seen for counts as a ten-thousandth of the mean, and not as nothing."""
+    found = row_weights(torch.tensor([4.0, 0.0, 2.0]))
+    torch.testing.assert_close(found.square(), torch.tensor([4.0, 2e-4, 2.0]))
+    assert row_weights(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]

@@ -87,7 +87,9 @@ def _rebuilt(loaded: Any, dense: Any) -> dict[str, torch.Tensor]:
             continue  # `tie_weights` brings it
         value = forms[module].dense() if module in forms else own[name]
         full = torch.zeros_like(stock)
-        full[tuple(slice(0, n) for n in value.shape)] = value
+        fused = 2 if "gate_up_proj" in name else 1  # a neuron has a row in each half
+        for into, part in zip(full.chunk(fused), value.chunk(fused), strict=True):
+            into[tuple(slice(0, n) for n in part.shape)] = part
         state[name] = full
     return state
 

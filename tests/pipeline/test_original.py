@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lmpress
-from lmpress.pipeline import Run, open_source
-from lmpress.pipeline.plan import make_plan
+from lmpress.pipeline import Run
+from lmpress.plan import make_plan
 from lmpress.recipes import parse_recipe
+from lmpress.source import open_source
 
 PRUNE = {"prune_neurons": {"allocation": "loss", "ratio": 0.2, "multiple_of": 8}}
 FACTOR = {"targets": "linears", "method": "svd_llm", "ratio": 0.6, "update": 1.0}

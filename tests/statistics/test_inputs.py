@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmpress.statistics import InputStatistics, StatisticsAccumulator
+from lmpress.statistics import InputStatistics, StatisticsAccumulator, counts_of_rows
 
 
 def gather(
@@ -134,3 +134,44 @@ def test_select_is_the_statistics_of_the_selected(hessian: bool) -> None:
     for name in ("count", "mean", "second_moment", "abs_mean", "hessian"):
         torch.testing.assert_close(getattr(selected, name), getattr(direct, name))
     assert gather([x]).through(torch.eye(6)).select(index).abs_mean is None
+
+
+def test_weights_of_tokens_count_in_every_moment() -> None:
+    """By the definitions: the weighted means over all windows of a batch."""
+    generator = torch.Generator().manual_seed(4)
+    weights = torch.tensor([3.0, 0.5, 0.0, 0.5])  # of mean 1
+    batches = [torch.randn(windows, 4, 5, generator=generator) - 0.7 for windows in (1, 3)]
+    accumulator = StatisticsAccumulator(5, hessian=True)
+    for batch in batches:
+        accumulator.update(batch, weights=weights)
+    statistics, x = accumulator.result(), torch.cat(batches).double()
+    counts = weights.double()[None, :, None]
+    assert statistics.count == 16
+    expected = {
+        "mean": (counts * x).sum((0, 1)) / 16,
+        "second_moment": (counts * x**2).sum((0, 1)) / 16,
+        "abs_mean": (counts * x.abs()).sum((0, 1)) / 16,
+        "hessian": torch.einsum("wti,wtj,t->ij", x, x, weights.double()) / 16,
+    }
+    for name, moment in expected.items():
+        torch.testing.assert_close(getattr(statistics, name).double(), moment, rtol=1e-5, atol=1e-6)
+    counted = counts_of_rows(weights, batches[1].reshape(-1, 5))
+    assert counted.tolist() == weights.tolist() * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_inputs_and_many_rows_are_summed_whole(dtype: torch.dtype) -> None:
+    """Wider than one panel of the products, and longer than one part of the sums."""
+    x = torch.randn(1100, 300, generator=torch.Generator().manual_seed(5)) + 0.5
+    accumulator = StatisticsAccumulator(300, hessian=True, hessian_dtype=dtype)
+    accumulator.update(x)
+    check(accumulator.result(), x)
+
+
+def test_a_moment_behind_a_factor_is_never_below_zero() -> None:
+    """Rounding may leave E[x^2] a little below E[x]^2."""
+    mean = torch.tensor([1.0, 2.0])
+    known = InputStatistics(9, mean, mean.square() - 1e-6, None, None)
+    through = known.through(torch.tensor([[1000.0, -500.0]]))
+    assert through.second_moment.tolist() == [0.0]
+    assert through.mean.tolist() == [0.0]

@@ -3,7 +3,8 @@
 from lmpress.api.comparison import Comparison, Row, compare
 from lmpress.api.compression import Compressed, compress, plan
 from lmpress.api.demonstration import Demo, demo
-from lmpress.api.loading import continuation, generate, load, load_any
+from lmpress.api.generation import continuation, generate
+from lmpress.api.loading import load, load_any
 from lmpress.api.measuring import check_card, evaluate, evaluate_many, inspect, write_card
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from lmpress.api.loading import device_of
 from lmpress.api.measuring import evaluate_many
 from lmpress.checkpoint import read_json, write_bytes, write_json
 from lmpress.corpora import check_corpus
-from lmpress.errors import RequestError
-from lmpress.evaluation import Evaluation, nominal_compression, sr_from_perplexity, srcr, tcr
+from lmpress.errors import RequestError, writing
+from lmpress.evaluation import Evaluation, nominal_compression, srcr, tcr
 from lmpress.pipeline import RunOptions
 from lmpress.recipes import Recipe, load_recipe
 from lmpress.report import comparison_plot
@@ -51,11 +51,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """The evaluation with the retention figures and what the compression took."""
         told = self.evaluation.to_json() | {"name": self.name, "reference": None}
-        reference = self.evaluation.reference
-        retention = None
-        if reference is not None:
-            own, dense = self.evaluation.texts[0].score.perplexity, reference.texts[0].score.perplexity
-            retention = sr_from_perplexity(own, dense)
+        retention = told["sr_perplexity"]
         return told | {
             "sparsity": self.sparsity,
             "bits": self.bits,
@@ -137,34 +133,41 @@ def compare(
     for spec in [text] if isinstance(text, str) else text:
         check_corpus(spec)  # before hours of compression
     target = Path(output).expanduser()
-    times = dict(read_json(target / TIMES)) if (target / TIMES).is_file() else {}
-    for recipe in loaded:
-        lenders = tuple(target / name for name in names)
-        options = RunOptions(
-            calibration, device_of(device), memory, resume=True, lenders=lenders, surveys=target / SURVEYS
+    with writing(Path(output), "run the same command again: it goes on where it stopped"):
+        times = _compress_all(model, loaded, target, RunOptions(calibration, device_of(device), memory))
+        results = evaluate_many(
+            {"dense": model} | {name: target / name for name in names},
+            text=text,
+            reference="dense",
+            window=window,
+            max_tokens=max_tokens,
+            throughput=throughput,
+            dtype=dtype,
+            device=device,
         )
-        done = compress_with(model, recipe, target / recipe.name, options)
+        rows = [Row("dense", results["dense"], 0.0, 16.0, None, None)]
+        for name in names:
+            took = times[name]
+            nominal = nominal_compression(target / name)
+            rows.append(Row(name, results[name], *nominal, took["seconds"], took["peak_resident_set"]))
+        comparison = Comparison(tuple(rows), target)
+        _write(comparison)
+    return comparison
+
+
+def _compress_all(
+    model: str | Path, recipes: Sequence[Recipe], target: Path, options: RunOptions
+) -> dict[str, Any]:
+    """Each recipe into `target/NAME`. What each took; of one that was finished before, what it took then."""
+    times = dict(read_json(target / TIMES)) if (target / TIMES).is_file() else {}
+    lenders = tuple(target / recipe.name for recipe in recipes)
+    shared = replace(options, resume=True, lenders=lenders, surveys=target / SURVEYS)
+    for recipe in recipes:
+        done = compress_with(model, recipe, target / recipe.name, shared)
         if recipe.name not in times:
             times[recipe.name] = {"seconds": done.seconds, "peak_resident_set": done.peak_resident_set}
             write_json(target / TIMES, times)
-    results = evaluate_many(
-        {"dense": model} | {name: target / name for name in names},
-        text=text,
-        reference="dense",
-        window=window,
-        max_tokens=max_tokens,
-        throughput=throughput,
-        dtype=dtype,
-        device=device,
-    )
-    rows = [Row("dense", results["dense"], 0.0, 16.0, None, None)]
-    for name in names:
-        sparsity, bits = nominal_compression(target / name)
-        took = times[name]
-        rows.append(Row(name, results[name], sparsity, bits, took["seconds"], took["peak_resident_set"]))
-    comparison = Comparison(tuple(rows), target)
-    _write(comparison)
-    return comparison
+    return times
 
 
 def _write(comparison: Comparison) -> None:
@@ -179,7 +182,7 @@ def _flat(told: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the CSV: scalars as they are, a column a text, the speeds spelled out."""
     flat = {k: v for k, v in told.items() if not isinstance(v, dict | list) and k != "reference"}
     for text in told["texts"]:
-        for key in ("perplexity", "kl", "top1_agreement", "tokens"):
+        for key in ("perplexity", "kl", "top1_agreement", "tokens", "not_finite"):
             flat[f"{key} ({text['corpus']})"] = text[key]
     speeds = told["throughput"] or {}
     for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio"):

@@ -10,20 +10,22 @@ from typing import Any
 
 from lmpress.api.loading import device_of, load
 from lmpress.checkpoint import MANIFEST, read_json
-from lmpress.errors import LmpressError, RequestError
+from lmpress.errors import LmpressError, RequestError, writing
 from lmpress.evaluation import disk_bytes, peak_resident_set
 from lmpress.pipeline import (
     Run,
     RunOptions,
-    check_calibration,
+    at_work,
     discard,
     finish_publication,
-    make_plan,
-    open_source,
+    staged_files,
     written_files,
 )
-from lmpress.recipes import Recipe, Recover, load_recipe
+from lmpress.plan import make_plan
+from lmpress.recipes import Recipe, load_recipe
 from lmpress.recovery import check_recovery_text, recover_checkpoint
+from lmpress.source import as_recipe_reads, open_source
+from lmpress.stream.text import check_calibration
 
 RECOVERED = "recovered"
 """Below the work directory: the checkpoint after training, until it is published."""
@@ -93,7 +95,8 @@ def compress(
         LmpressError: the work failed.
     """
     options = RunOptions(calibration, device_of(device), memory, resume, force)
-    return compress_with(model, recipe, output, options)
+    with writing(Path(output), "go on with --resume"):
+        return compress_with(model, recipe, output, options)
 
 
 def compress_with(
@@ -102,28 +105,34 @@ def compress_with(
     output: str | Path,
     options: RunOptions,
 ) -> Compressed:
-    """`compress`, with its options in one."""
+    """`compress`, with its options in one. OSError where the system refuses to read or write."""
     start = time.perf_counter()
     target = Path(output).expanduser()
     wanted = load_recipe(recipe)  # before the model is looked for: that may take a download
     check_calibration(options.calibration)
     run = Run(open_source(model), wanted, target, options)
     fresh = not target.exists()
-    if run.prepare():  # a refusal leaves what it found as it was
-        try:
-            _execute(run)
-        except LmpressError as error:
-            # nothing that a resumed run could go on from, or a fault that it would meet again
-            if not run.journal.blocks() or (isinstance(error, RequestError) and not options.resume):
-                run.abandon(fresh)
-            raise
+    with at_work(target, run.source, options.resume or options.force):
+        if run.prepare():  # a refusal leaves what it found as it was
+            _finish(run, fresh)
     manifest = read_json(target / MANIFEST)
     return Compressed(target, manifest, time.perf_counter() - start, peak_resident_set())
 
 
+def _finish(run: Run, fresh: bool) -> None:
+    """Execute a run, and leave no trace of it where nothing comes of it; `fresh` as `Run.abandon` has it."""
+    try:
+        _execute(run)
+    except LmpressError as error:
+        # nothing that a resumed run could go on from, or a fault that it would meet again
+        if not run.journal.blocks() or (isinstance(error, RequestError) and not run.options.resume):
+            run.abandon(fresh)
+        raise
+
+
 def _execute(run: Run) -> None:
     """Compress, recover, publish; each part is skipped where a resumed run has it behind itself."""
-    step = next((s for s in run.recipe.steps if isinstance(s, Recover)), None)
+    step = run.recipe.recovery
     if run.journal.find("publishing") is None:
         if step is not None:
             check_recovery_text(run.source, step, run.options.calibration)
@@ -144,8 +153,8 @@ def _execute(run: Run) -> None:
                 run.plan.dtype,
                 run.options.device,
             )
-        new = {path.name for path in staged.iterdir()}
-        run.journal.append({"publishing": staged.name, "stale": sorted(written_files(run.output) - new)})
+        stale = sorted(written_files(run.output) - staged_files(staged))
+        run.journal.append({"publishing": staged.name, "stale": stale})
     finish_publication(run.output)
 
 
@@ -155,7 +164,7 @@ def plan(
     """What `compress` would do, as JSON, with the bytes to expect; nothing is computed or written."""
     wanted = load_recipe(recipe)
     check_calibration(calibration)
-    source = open_source(model)
+    source = as_recipe_reads(open_source(model), wanted)
     resolved = make_plan(wanted, source)
     predicted = resolved.predicted["bytes"]
     full = 2 * sum(source.skeleton.state_dict(keep_vars=True)[name].numel() for name in source.names)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmpress.api.compression import compress
-from lmpress.api.loading import continuation, load_any
+from lmpress.api.compression import compress_with
+from lmpress.api.generation import continuation
+from lmpress.api.loading import device_of, load_any
 from lmpress.api.measuring import evaluate_loaded
+from lmpress.errors import writing
 from lmpress.evaluation import Evaluation
+from lmpress.pipeline import RunOptions
 from lmpress.recipes import Calibration, load_recipe
 
 DEMO_SAMPLES = 16
@@ -55,19 +58,18 @@ def demo(output: str | Path) -> Demo:
     """
     start = time.perf_counter()
     target = Path(output).expanduser()
+    options = RunOptions("self", device_of("auto"), resume=True)
     directories = {}
-    for name in ("int8", "spq"):
-        recipe = load_recipe(name)
-        recipe = recipe.model_copy(update={"calibration": Calibration(samples=DEMO_SAMPLES, seq_len=512)})
-        compress("demo", recipe, target / name, calibration="self", resume=True)
-        directories[name] = target / name
+    with writing(Path(output), "run the same command again: it goes on where it stopped"):
+        for name in ("int8", "spq"):
+            recipe = load_recipe(name)
+            recipe = recipe.model_copy(update={"calibration": Calibration(samples=DEMO_SAMPLES, seq_len=512)})
+            compress_with("demo", recipe, target / name, options)
+            directories[name] = target / name
     models: dict[str, str | Path] = {"dense": "demo", **directories}
     loaded = {name: load_any(model) for name, model in models.items()}
     evaluations = evaluate_loaded(
         loaded, models, ["python-docs"], "dense", None, DEMO_TOKENS, None, throughput=True
     )
-    samples = {
-        name: continuation(model, tokenizer, DEMO_PROMPT, 40)
-        for name, (model, tokenizer, _) in loaded.items()
-    }
+    samples = {name: continuation(parts, DEMO_PROMPT, 40) for name, parts in loaded.items()}
     return Demo(evaluations, directories, DEMO_PROMPT, samples, time.perf_counter() - start)

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lmpress.checkpoint import (
+    check_bounds,
     checked_resident,
     is_compressed,
-    shard_paths,
     use_sparse_cores,
     verify_checkpoint,
 )
 from lmpress.errors import LmpressError, RequestError
 from lmpress.forms.base import float_dtype
-from lmpress.pipeline import load_dense, open_source
+from lmpress.source import load_dense, open_source, read_tokenizer
 
 
 def load(directory: str | Path, *, verify: bool = True, resident: str | None = None, **options: Any) -> Any:
@@ -44,12 +44,14 @@ def load(directory: str | Path, *, verify: bool = True, resident: str | None = N
     if compressed:
         verify_checkpoint(path, full=verify)
     else:
-        shard_paths(path)
+        check_bounds(path)
     try:
         if compressed and resident is not None:
             return _load_resident(path, resident, options)
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except LmpressError:
+        raise
+    except Exception as error:  # transformers raises whatever the files made it raise
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise LmpressError(f"{path} does not load: {lines[0] if lines else error!r}") from error
 
@@ -69,44 +71,14 @@ def load_any(model: str | Path, dtype: str = "auto", device: str = "auto") -> tu
     path = Path(model).expanduser()
     chosen, asked = device_of(device), _dtype(dtype)
     if path.is_dir() and is_compressed(path):
-        tokenizer = _tokenizer(path)
-        loaded = load(path, dtype=asked or "auto").to(chosen)
+        plain = GenerationConfig()  # as a dense model below has it; what a file says may not even be valid
+        loaded = load(path, dtype=asked or "auto", generation_config=plain).to(chosen)
         use_sparse_cores(loaded)
-        return loaded, tokenizer, path
+        return loaded, read_tokenizer(path, None, str(path), loaded.config), path
     source = open_source(model)
     wanted = asked or (torch.float32 if source.dtype == torch.float64 else source.dtype)
     directory, gguf = source.location
     return load_dense(source, wanted, chosen), source.tokenizer(), None if gguf else directory
-
-
-def generate(
-    model: str | Path, prompt: str, *, max_new_tokens: int = 64, dtype: str = "auto", device: str = "auto"
-) -> str:
-    """Continue a prompt, greedily: the new text alone."""
-    loaded, tokenizer, _ = load_any(model, dtype, device)
-    return continuation(loaded, tokenizer, prompt, max_new_tokens)
-
-
-def continuation(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """The greedy continuation of a prompt by a loaded model."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].numel():
-        raise RequestError("the prompt is empty: give a few words to go on from")
-    with torch.no_grad():
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-        )
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
-def _tokenizer(directory: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(
-            f"{directory} has no tokenizer that transformers reads ({type(error).__name__}): save it there, "
-            "or copy the tokenizer files of the model that it was made from"
-        ) from error
 
 
 def _dtype(name: str) -> torch.dtype | None:

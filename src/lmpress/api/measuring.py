@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from lmpress.api.loading import load_any
-from lmpress.checkpoint import MANIFEST, is_compressed, model_card, read_json, verify_checkpoint, write_bytes
+from lmpress.checkpoint import (
+    MANIFEST,
+    is_compressed,
+    model_card,
+    read_manifest,
+    read_tensors,
+    sha256_file,
+    verify_checkpoint,
+    write_bytes,
+)
 from lmpress.corpora import Corpus, check_corpus, evaluation_split, evaluation_windows, load_corpus
-from lmpress.errors import RequestError
+from lmpress.errors import RequestError, writing
 from lmpress.evaluation import (
     Evaluation,
     EvaluationText,
@@ -20,6 +29,7 @@ from lmpress.evaluation import (
     TextProtocol,
     Timing,
     bytes_16bit,
+    check_windows,
     default_window,
     evaluate_models,
     module_table,
@@ -28,8 +38,8 @@ from lmpress.evaluation import (
     stored_bits_per_weight,
     weight_bytes,
 )
-from lmpress.pipeline import CALIBRATION
 from lmpress.progress import note
+from lmpress.stream.text import CALIBRATION
 
 
 def evaluate(
@@ -117,6 +127,11 @@ def evaluate_loaded(
         _evaluation_text(corpus, tokenizer, model.config, window, max_tokens, paper_protocol)
         for corpus in corpora
     ]
+    for account in filter(None, (corpus.account for corpus in corpora)):
+        note(account)
+    for text in texts:
+        for reader, _, _ in loaded.values():
+            check_windows(text, reader.config)
     for path in (Path(model) for model in models.values()):
         if path.is_dir() and is_compressed(path):
             _refuse_seen(path, corpora, texts)
@@ -150,14 +165,18 @@ def _refuse_seen(checkpoint: Path, corpora: Sequence[Corpus], texts: Sequence[Ev
     if not (checkpoint / MANIFEST).exists():
         note(f"{checkpoint} does not tell what text it was made with: text that was seen is not refused")
         return
-    record = read_json(checkpoint / MANIFEST).get("calibration") or []
+    manifest = read_manifest(checkpoint)
+    record = manifest["calibration"]
     if not record:
         return
     if not (checkpoint / CALIBRATION).is_file():
         raise RequestError(
             f"{checkpoint / CALIBRATION} is missing: without it, text that was seen cannot be refused"
         )
-    ids = load_file(checkpoint / CALIBRATION)
+    ids = read_tensors(checkpoint / CALIBRATION)
+    known = manifest["files"].get(CALIBRATION)
+    if known is not None and sha256_file(checkpoint / CALIBRATION) != known["sha256"]:
+        raise RequestError(f"{checkpoint / CALIBRATION} is not what was written: fetch it again")
     keys = {str(entry["name"]): _ids_key(str(entry["name"])) for entry in record}
     seen = {name: ids[key].long() for name, key in keys.items() if key in ids}
     spread = [entry | {"sha256": sha} for entry in record for sha in str(entry.get("sha256")).split(", ")]
@@ -209,17 +228,20 @@ def _sizes(path: Path) -> dict[str, Any]:
 
 
 def check_card(directory: Path) -> None:
-    """RequestError where there is no model card to write into."""
+    """RequestError where there is no model card that can be written into."""
     if not is_compressed(directory):
         raise RequestError(f"{directory} is no checkpoint that lmpress wrote: it has no card to write into")
     if not (directory / MANIFEST).exists():
         raise RequestError(
             f"{directory / MANIFEST} is missing, and a card is made from it (save_pretrained writes none)"
         )
+    if not os.access(directory, os.W_OK):
+        raise RequestError(f"{directory}: permission denied; its card cannot be written into")
 
 
 def write_card(directory: Path, evaluation: Mapping[str, Any]) -> None:
     """Write what was measured into a checkpoint's model card."""
     check_card(directory)
-    card = model_card(read_json(directory / MANIFEST), evaluation)
-    write_bytes(directory / "README.md", card.encode())
+    card = model_card(read_manifest(directory), evaluation)
+    with writing(directory, "run it again"):
+        write_bytes(directory / "README.md", card.encode(errors="backslashreplace"))

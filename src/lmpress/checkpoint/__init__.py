@@ -1,12 +1,18 @@
 """Writing and reading checkpoints; the transformers plug-in."""
 
+from lmpress.checkpoint.bounds import check_bounds
 from lmpress.checkpoint.card import model_card
 from lmpress.checkpoint.files import (
     INDEX,
     MANIFEST,
+    SINGLE,
     copy_file,
+    indexed_paths,
+    is_plain_name,
+    json_text,
     read_header,
     read_json,
+    read_tensors,
     sha256_file,
     shard_paths,
     sync_directory,
@@ -14,6 +20,8 @@ from lmpress.checkpoint.files import (
     write_json,
     write_tensors,
 )
+from lmpress.checkpoint.gguf_header import read_gguf_header
+from lmpress.checkpoint.manifest import read_manifest
 from lmpress.checkpoint.plan import FORMAT_VERSION, stored_names
 from lmpress.checkpoint.plugin import (
     METHOD,
@@ -32,7 +40,7 @@ from lmpress.checkpoint.swap import (
     tie_head,
     use_sparse_cores,
 )
-from lmpress.checkpoint.verify import is_compressed, plan_of, read_manifest, verify_checkpoint
+from lmpress.checkpoint.verify import is_compressed, plan_of, verify_checkpoint
 
 __all__ = [
     "FORMAT_VERSION",
@@ -40,21 +48,28 @@ __all__ = [
     "MANIFEST",
     "METHOD",
     "RESIDENT",
+    "SINGLE",
     "LmpressConfig",
     "LmpressQuantizer",
     "cast_floats",
+    "check_bounds",
     "checked_resident",
     "copy_file",
     "densify",
     "forms_of",
     "hold_resident",
+    "indexed_paths",
     "is_compressed",
+    "is_plain_name",
+    "json_text",
     "model_card",
     "plan_of",
     "put_forms",
+    "read_gguf_header",
     "read_header",
     "read_json",
     "read_manifest",
+    "read_tensors",
     "register",
     "sha256_file",
     "shard_paths",

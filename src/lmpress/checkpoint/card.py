@@ -58,10 +58,8 @@ def _measured(evaluation: Mapping[str, Any]) -> list[str]:
         ("KL to dense (nats a token)", "kl", ".5f"),
         ("same first choice as dense", "top1_agreement", ".4f"),
     ):
-        if evaluation.get(key) is not None:
-            dense = reference.get(key)
-            shown = "" if dense is None else format(dense, style)
-            lines.append(f"| {label} | {shown} | {evaluation[key]:{style}} |")
+        if key == "perplexity" or reference:
+            lines.append(f"| {label} | {_cell(reference, key, style)} | {_cell(evaluation, key, style)} |")
     lines += [
         "",
         f"Text: {evaluation['corpus']} ({evaluation['split']}), sha256 {evaluation['corpus_sha256'][:16]}, "
@@ -69,6 +67,14 @@ def _measured(evaluation: Mapping[str, Any]) -> list[str]:
         "",
     ]
     return lines
+
+
+def _cell(evaluation: Mapping[str, Any], key: str, style: str) -> str:
+    """A number; what was measured and is null is not finite; nothing where nothing was measured."""
+    value = evaluation.get(key)
+    if value is not None:
+        return format(value, style)
+    return "not finite" if evaluation else ""
 
 
 def _unmeasured() -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from reprlib import repr as short
 from typing import Any
+
+import torch
 
 from lmpress.errors import LmpressError, RequestError
 from lmpress.families import layout_of, skeleton
@@ -11,6 +14,18 @@ from lmpress.forms import Form, form_from_description
 
 FORMAT_VERSION = 1
 """Of the checkpoints that this lmpress writes, and the latest that it reads."""
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int16: "I16",
+}
+"""What safetensors calls the types that forms store."""
 
 
 def check_version(version: Any, where: str) -> None:
@@ -20,7 +35,7 @@ def check_version(version: Any, where: str) -> None:
         RequestError: no number.
         LmpressError: a later format.
     """
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool):
         raise RequestError(f"{where}: a format version is a number, not {version!r}")
     if version > FORMAT_VERSION:
         raise LmpressError(
@@ -36,13 +51,13 @@ def empty_forms(plan: Any, where: str) -> dict[str, Form]:
         RequestError: says where the plan stands, which module it is, and what is broken.
     """
     if not isinstance(plan, Mapping):
-        raise RequestError(f"{where}: a plan is an object, not {plan!r}")
+        raise RequestError(f"{where}: a plan is an object, not {short(plan)}")
     forms: dict[str, Form] = {}
     for name, description in plan.items():
         try:
             forms[name] = form_from_description(description)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise RequestError(f"{where}: the plan is broken at {name}: {error}") from None
+        except ValueError as error:
+            raise RequestError(f"{where}: the plan is broken at {name[:200]!r}: {error}") from None
     return forms
 
 
@@ -61,7 +76,7 @@ def check_stored(forms: Mapping[str, Form], tensors: Mapping[str, Mapping[str, A
         where: the directory, for the message.
 
     Raises:
-        RequestError: a tensor is missing, or has another shape.
+        RequestError: a tensor is missing, or of another type or shape.
     """
     for module, form in forms.items():
         expected = form.tensors()
@@ -69,10 +84,12 @@ def check_stored(forms: Mapping[str, Form], tensors: Mapping[str, Mapping[str, A
             entry = tensors.get(f"{module}.{stored}")
             if entry is None:
                 raise RequestError(f"{where} lacks the tensor {module}.{stored}, which its plan names")
-            if tuple(entry["shape"]) != tuple(expected[name].shape):
+            found = entry["dtype"], tuple(entry["shape"])
+            asked = DTYPES[expected[name].dtype], tuple(expected[name].shape)
+            if found != asked:
                 raise RequestError(
-                    f"{where}: {module}.{stored} has shape {tuple(entry['shape'])}, and its plan says "
-                    f"{tuple(expected[name].shape)}"
+                    f"{where}: {module}.{stored} is {found[0]} of shape {found[1]}, and its plan says "
+                    f"{asked[0]} of shape {asked[1]}"
                 )
 
 
@@ -82,27 +99,24 @@ def names_in(model: Any, names: Iterable[str]) -> dict[str, str]:
     As transformers does for weights, the prefix of the base model is taken off where a bare model is built
     from the checkpoint of a causal one, and put on in the opposite case. What the model has no place for,
     such as the head, or blocks past those that the config asks for, is left out.
-
-    Raises:
-        RequestError: a name that no model of this config has.
     """
     modules = {name for name, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
     found: dict[str, str] = {}
-    absent: list[str] = []
     for name in names:
         bare = name.removeprefix(prefix)
         places = [place for place in (bare, prefix + name, name) if place in modules]
         if places:
             found[name] = places[0]
-        else:
-            absent.append(name)
-    if absent:
-        _check_absent(model.config, absent)
     return found
 
 
-def _check_absent(config: Any, names: Iterable[str]) -> None:
+def check_absent(config: Any, names: Iterable[str]) -> None:
+    """Whether what a model has no place for has one in the causal model, or past the last block.
+
+    Raises:
+        RequestError: a name that no model of this config has.
+    """
     layout, whole = layout_of(config), {name for name, _ in skeleton(config).named_modules()}
     for name in names:
         block = name.removeprefix(f"{layout.blocks}.").partition(".")[0]

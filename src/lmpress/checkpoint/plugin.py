@@ -18,7 +18,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmpress.checkpoint.files import read_header
-from lmpress.checkpoint.plan import FORMAT_VERSION, check_stored, check_version, empty_forms, names_in
+from lmpress.checkpoint.fit import check_fit
+from lmpress.checkpoint.plan import (
+    FORMAT_VERSION,
+    check_absent,
+    check_stored,
+    check_version,
+    empty_forms,
+    names_in,
+)
 from lmpress.checkpoint.swap import (
     cast_floats,
     densify,
@@ -100,16 +108,19 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         self._dtype = model.dtype  # the skeleton was made in the type that the user asked for
         config = self.quantization_config
-        forms, names = empty_forms(config.plan, "config.json"), names_in(model, config.plan)
+        forms = empty_forms(config.plan, "config.json")
+        names = names_in(model, forms)
+        if absent := forms.keys() - names.keys():
+            check_absent(model.config, sorted(absent))
         if checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
             files = [Path(file) for file in checkpoint_files]
             headers = {name: entry for file in files for name, entry in read_header(file).items()}
             check_stored(forms, headers, str(files[0].parent))
         config.plan = {own: config.plan[name] for name, own in names.items()}
-        put_forms(model, {own: forms[name] for name, own in names.items()}, dtype=self._dtype)
-        for (
-            name
-        ) in config.plan:  # checked above; random numbers, which transformers gives to others, fit no codes
+        held = {own: forms[name] for name, own in names.items()}
+        check_fit(model, held, "config.json")
+        put_forms(model, held, dtype=self._dtype)
+        for name in held:  # checked above; random numbers, which transformers gives to others, fit no codes
             model.get_submodule(name)._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.accelerate import load_offloaded_parameter
 
+from lmpress.checkpoint.fit import linears_in
 from lmpress.errors import LmpressError
 from lmpress.families import layout_of, skeleton
 from lmpress.forms import CompressedEmbedding, CompressedLinear, EntropyCoded, Form, decode_all
@@ -59,7 +60,7 @@ def hold_resident(model: nn.Module, names: Iterable[str], coded: bool = False) -
         coded: leave modules with entropy-coded parts as they are: each call then decodes them anew.
 
     Raises:
-        LmpressError: names the module whose entropy-coded weights are damaged.
+        LmpressError: names the module whose weights are damaged.
     """
     every_holder = {name: cast(FormHolder, model.get_submodule(name)) for name in names}
     holders = {name: holder for name, holder in every_holder.items() if not holder.offloaded}
@@ -73,6 +74,10 @@ def hold_resident(model: nn.Module, names: Iterable[str], coded: bool = False) -
     resident = {id(leaf): codes for (leaf, _), codes in zip(every, decoded, strict=True)}
     for name, holder in holders.items():
         form = forms[name]
+        try:
+            form.check()
+        except ValueError as damage:
+            raise LmpressError(f"{name}: {damage}; fetch the checkpoint again") from damage
         if leaves[name]:
             if coded:
                 continue
@@ -178,17 +183,18 @@ def densify(model: Any, dtype: torch.dtype) -> None:
             "parts of this model are offloaded to memory or disk, and cannot be made dense there: load it "
             "without offloading (no `disk` in the device_map) before dequantize()"
         )
-    plain = skeleton(model.config, build=type(model)._from_config)
+    plain, linears = skeleton(model.config, build=type(model)._from_config), linears_in(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, FormHolder):
             continue
         stock = plain.get_submodule(name)
-        weight = _padded(module.form.dense(dtype), cast(Tensor, stock.weight).shape)
+        parts = linears[name].parts if name in linears else 1
+        weight = _padded(module.form.dense(dtype), cast(Tensor, stock.weight).shape, parts)
         replacement = stock  # its buffers are real, and its parameters come now
         replacement.weight = nn.Parameter(weight, requires_grad=False)
         bias = getattr(module, "bias", None)
         if bias is not None:
-            bias = _padded(bias.data.to(dtype), cast(Tensor, stock.bias).shape)
+            bias = _padded(bias.data.to(dtype), cast(Tensor, stock.bias).shape, parts)
             replacement.bias = nn.Parameter(bias, requires_grad=False)
         model.set_submodule(name, replacement)
     cast_floats(model, dtype)
@@ -252,9 +258,11 @@ def _bias(old: nn.Linear, form: Form, given: Tensor | None) -> Tensor | None:
     return torch.empty(form.shape[0], dtype=old.bias.dtype, device="meta")
 
 
-def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
+def _padded(tensor: Tensor, shape: torch.Size, parts: int) -> Tensor:
+    """`tensor` with zeros behind it, behind each of the equal `parts` of its rows, up to `shape`."""
     if tensor.shape == shape:
         return tensor
     full = tensor.new_zeros(shape)
-    full[tuple(slice(0, n) for n in tensor.shape)] = tensor
+    for into, part in zip(full.chunk(parts), tensor.chunk(parts), strict=True):
+        into[tuple(slice(0, n) for n in part.shape)] = part
     return full

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmpress.checkpoint.bounds import dense_model
 from lmpress.checkpoint.files import MANIFEST, read_header, read_json, sha256_file, shard_paths
-from lmpress.checkpoint.plan import check_stored, check_version, empty_forms
+from lmpress.checkpoint.fit import check_fit
+from lmpress.checkpoint.manifest import read_manifest
+from lmpress.checkpoint.plan import check_stored, check_version, empty_forms, names_in
 from lmpress.checkpoint.plugin import METHOD
 from lmpress.errors import RequestError
 from lmpress.forms import Form
@@ -26,17 +29,9 @@ def is_compressed(directory: Path) -> bool:
 def plan_of(directory: Path) -> dict[str, Form]:
     """The empty forms (meta device) of a checkpoint, by module. RequestError where the plan is broken."""
     config = read_json(directory / "config.json")
-    return empty_forms(config.get("quantization_config", {}).get("plan", {}), str(directory / "config.json"))
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. RequestError where it is missing or lacks a part."""
-    manifest = read_json(directory / MANIFEST)
-    parts = {"files": dict, "modules": dict, "sizes": dict, "recipe": dict, "calibration": list}
-    for key, kind in parts.items():
-        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
-            raise RequestError(f"{directory / MANIFEST} is no manifest that lmpress wrote (it lacks {key!r})")
-    return dict(manifest)
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    plan = quantization.get("plan", {}) if isinstance(quantization, dict) else {}
+    return empty_forms(plan, str(directory / "config.json"))
 
 
 def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any] | None:
@@ -50,7 +45,8 @@ def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any] | No
         The manifest; None, and a note, where there is none: `save_pretrained` writes none.
 
     Raises:
-        RequestError: a missing, truncated or changed file; a tensor that the plan does not expect.
+        RequestError: a missing, truncated or changed file; a config of which there is no model; a plan that
+            does not fit it, or a tensor that the plan does not expect.
         LmpressError: a format that this lmpress does not know yet.
     """
     config = directory / "config.json"
@@ -70,7 +66,7 @@ def verify_checkpoint(directory: Path, full: bool = True) -> dict[str, Any] | No
 def _compare_files(directory: Path, shards: Sequence[Path], files: Mapping[str, Any], full: bool) -> None:
     for shard in shards:
         known = files.get(shard.name)
-        if not isinstance(known, dict) or not {"bytes", "sha256"} <= known.keys():
+        if known is None:
             raise RequestError(
                 f"{directory / MANIFEST} does not know {shard.name}: the checkpoint was changed; if you "
                 f"saved it again on purpose, delete {MANIFEST}"
@@ -84,9 +80,12 @@ def _compare_files(directory: Path, shards: Sequence[Path], files: Mapping[str, 
 
 
 def _check_plan(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
-    forms = plan_of(directory)
+    forms, config = plan_of(directory), str(directory / "config.json")
     for name, header in tensors.items():
         module = name.rpartition(".")[0]
         if module not in forms and header["dtype"] not in ("F64", "F32", "F16", "BF16"):
-            raise RequestError(f"{directory / 'config.json'}: its plan does not tell what {name} is")
+            raise RequestError(f"{config}: its plan does not tell what {name} is")
     check_stored(forms, tensors, str(directory))
+    model = dense_model(directory)
+    names = names_in(model, forms)  # of a bare model, too, what was saved is a checkpoint
+    check_fit(model, {names.get(name, name): form for name, form in forms.items()}, config)

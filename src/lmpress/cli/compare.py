@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmpress import api
-from lmpress.cli.output import parse_bytes, print_json, print_table, stdout
+from lmpress.cli.output import parse_bytes, print_json, print_table, say
 from lmpress.evaluation import evaluation_table
 
 
@@ -19,7 +19,7 @@ def compare(
     calibration: Annotated[str, typer.Option(help="As for compress; the same for all.")] = "self",
     text: Annotated[
         list[str] | None,
-        typer.Option(help="A text or JSONL file, python-docs, wikitext2, c4; may be repeated."),
+        typer.Option(help="A file (text, JSON, CSV), python-docs, wikitext2, c4; may be repeated."),
     ] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens a window; min(2048, context).")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each text; all of them.")] = None,
@@ -51,4 +51,4 @@ def compare(
         print_json(result.to_json())
         return
     print_table(evaluation_table(result.evaluations, title=f"{model}: recipes at real bytes"))
-    stdout.print(f"also in {output}: comparison.json, .csv, .svg, .png", highlight=False)
+    say(f"also in {output}: comparison.json, .csv, .svg, .png")

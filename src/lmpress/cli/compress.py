@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmpress import api
-from lmpress.cli.output import parse_bytes, print_json, stdout
+from lmpress.cli.output import parse_bytes, print_json, say
 from lmpress.errors import RequestError
 from lmpress.evaluation import human_bytes
 
@@ -20,7 +20,7 @@ def compress(
     calibration: Annotated[
         str,
         typer.Option(
-            help="`self` (the model writes it), a text or JSONL file, wikitext2, c4; or several, a,b."
+            help="`self` (the model writes it), a file (text, JSON, CSV), wikitext2, c4; or several, a,b."
         ),
     ] = "self",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
@@ -54,17 +54,16 @@ def compress(
     if json:
         print_json(told)
         return
-    stdout.print(
-        f"[bold]{output}[/bold]: {human_bytes(told['bytes_on_disk'])} on disk, "
+    say(
+        (str(output), "bold"),
+        f": {human_bytes(told['bytes_on_disk'])} on disk, "
         f"{told['ratio']:.1%} of 16 bits; {told['linear_bpw']:.2f} bits a weight in the linears; "
         f"{told['seconds']:.0f} s, {human_bytes(told['peak_resident_set'])} at the peak",
-        highlight=False,
     )
     recovery = told["recovery"]
     if recovery:
-        stdout.print(
+        say(
             f"recovery: held-out loss {recovery['held_out_loss_before']:.4f} -> "
-            f"{recovery['held_out_loss']:.4f} (best at step {recovery['best_step']})",
-            highlight=False,
+            f"{recovery['held_out_loss']:.4f} (best at step {recovery['best_step']})"
         )
-    stdout.print(f"look into it: lmpress inspect {output}", highlight=False)
+    say(f"look into it: lmpress inspect {output}")

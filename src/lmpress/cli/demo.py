@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmpress import api
-from lmpress.cli.output import print_json, print_table, stdout
+from lmpress.cli.output import print_json, print_table, say
 from lmpress.evaluation import evaluation_table
 
 
@@ -25,19 +25,15 @@ def demo(
         return
     print_table(evaluation_table(result.evaluations, title="SmolLM2-135M, before and after"))
     first = next(iter(result.evaluations.values())).texts[0]
-    stdout.print(
+    say(
         f"Text: {first.protocol.corpus}, {first.score.tokens} tokens predicted, windows of "
-        f"{first.protocol.window}. Calibration text: written by the model itself.\n",
-        highlight=False,
+        f"{first.protocol.window}. Calibration text: written by the model itself.\n"
     )
-    stdout.print(f"[bold]{result.prompt}[/bold]", highlight=False)
+    say((result.prompt, "bold"))
     for name, text in result.samples.items():
-        stdout.print(f"{name:>6}: {' '.join(text.split())}", highlight=False, markup=False)
+        say(f"{name:>6}: {' '.join(text.split())}")
     spq = result.directories["spq"]
-    stdout.print(
-        f"\nThe checkpoints are in [bold]{output}[/bold]. Next:\n"
-        f"  lmpress inspect {spq}\n"
-        f'  lmpress generate {spq} "The three laws of motion are"\n'
-        f"  lmpress recipes",
-        highlight=False,
-    )
+    say("\nThe checkpoints are in ", (str(output), "bold"), ". Next:")
+    say(f"  lmpress inspect {spq}")
+    say(f'  lmpress generate {spq} "The three laws of motion are"')
+    say("  lmpress recipes")

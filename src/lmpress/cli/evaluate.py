@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmpress import api
-from lmpress.cli.output import print_json, print_table, stdout
+from lmpress.cli.output import print_json, print_table, say
 from lmpress.evaluation import evaluation_table
 
 
@@ -16,7 +16,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A checkpoint, or any model that compress takes.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="A text or JSONL file, python-docs, wikitext2, c4; may be repeated."),
+        typer.Option(help="A file (text, JSON, CSV), python-docs, wikitext2, c4; may be repeated."),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(help="The dense model, measured in the same run; gives KL and ratios.")
@@ -56,9 +56,8 @@ def evaluate(
         return
     print_table(evaluation_table({result.name: result}))
     for measured in told["texts"]:
-        stdout.print(
+        say(
             f"{measured['corpus']} ({measured['split']}, sha256 {measured['corpus_sha256'][:12]}): "
             f"{measured['tokens']} tokens predicted, windows of {measured['window']} without overlap, "
-            f"BOS: {measured['bos']}, {measured['dtype']}",
-            highlight=False,
+            f"BOS: {measured['bos']}, {measured['dtype']}"
         )

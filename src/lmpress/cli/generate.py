@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lmpress import api
-from lmpress.cli.output import print_json, stdout
+from lmpress.cli.output import print_json, print_text
 
 
 def generate(
@@ -18,15 +18,9 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Continue PROMPT greedily with MODEL."""
+    """Continue PROMPT with MODEL, with the likeliest token each time."""
     text = api.generate(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, device=device)
     if json:
         print_json({"model": model, "prompt": prompt, "continuation": text})
         return
-    stdout.print(f"[dim]{_escaped(prompt)}[/dim]{_escaped(text)}", highlight=False)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    print_text(f"{prompt}{text}\n")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmpress import api
-from lmpress.cli.output import print_json, print_table, stdout
+from lmpress.cli.output import print_json, print_table, say
 from lmpress.evaluation import human_bytes, module_rows_table
 
 
@@ -23,11 +23,10 @@ def inspect(
         return
     print_table(module_rows_table(rows, title=str(checkpoint)))
     sizes = told["sizes"]
-    stdout.print(
+    say(
         f"weights {human_bytes(sizes['weight_bytes'])}, "
         f"{sizes['weight_bytes'] / sizes['bytes_16bit']:.1%} of 16 bits; "
-        f"linears {sizes['linear_bpw']:.2f} bits a weight",
-        highlight=False,
+        f"linears {sizes['linear_bpw']:.2f} bits a weight"
     )
     for reason, count in told["unchanged"].items():
-        stdout.print(f"{count} modules stayed as they were: {reason}", highlight=False)
+        say(f"{count} modules stayed as they were: {reason}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from lmpress.cli.output import print_json, print_table, stdout
-from lmpress.errors import RequestError
+from lmpress.checkpoint import write_bytes
+from lmpress.cli.output import print_json, print_table, print_text, say
+from lmpress.errors import RequestError, writing
 from lmpress.recipes import STEPS, load_recipe, shipped_recipes, shipped_text
 
 app = typer.Typer(invoke_without_command=True, help="List, show and copy the recipes that ship.")
@@ -51,7 +51,7 @@ def show(
         print_json(recipe.resolved())
         return
     text = shipped_text(name) if name in shipped_recipes() else Path(name).read_text(encoding="utf-8")
-    sys.stdout.write(text)
+    print_text(text)
 
 
 @app.command()
@@ -64,10 +64,11 @@ def copy(
     load_recipe(name)
     if name not in shipped_recipes():
         raise RequestError(f"{name} is no shipped recipe; shipped: {', '.join(shipped_recipes())}")
-    if file.exists():
-        raise RequestError(f"{file} exists already: name another file")
-    file.write_text(shipped_text(name), encoding="utf-8")
+    with writing(file, "run it again"):
+        if file.exists():
+            raise RequestError(f"{file} exists already: name another file")
+        write_bytes(file, shipped_text(name).encode())
     if json:
         print_json({"recipe": name, "file": str(file)})
         return
-    stdout.print(f"wrote {file}; use it with -r {file}", highlight=False)
+    say(f"wrote {file}; use it with -r {file}")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
-import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lmpress.corpora.decoding import check_readable, read_text
 from lmpress.corpora.hub import load_c4, load_wikitext2
 from lmpress.corpora.python_docs import load_python_docs
+from lmpress.corpora.rows import Taken, take_text
+from lmpress.corpora.tables import read_rows
 from lmpress.errors import RequestError
 
 NAMED: dict[str, Callable[[str], tuple[str, ...]]] = {
@@ -38,12 +38,14 @@ class Corpus:
         name: "wikitext2", or "file:notes.txt" for a file.
         split: "train", "validation" or "test"; "all" where the text has no splits.
         documents: a plain text file is one document.
+        rows: of a file of rows, what was taken of them, as `Taken` says; empty for other texts.
         sha256: of `text`, in UTF-8.
     """
 
     name: str
     split: str
     documents: tuple[str, ...]
+    rows: Mapping[str, Any] = field(default_factory=dict, compare=False)
     sha256: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,27 +56,40 @@ class Corpus:
         """The documents with an empty line between them; of one document, the document unchanged."""
         return "\n\n".join(self.documents)
 
+    @property
+    def account(self) -> str | None:
+        """One line on what was taken of rows; None where the text has none."""
+        if not self.rows:
+            return None
+        total, different = self.rows["rows"], self.rows["different"]
+        fields = ", ".join(f"{name!r} ({count})" for name, count in self.rows["fields"].items())
+        line = f"{self.name}: {total} rows, text taken from {fields}"
+        if len(self.documents) < total:
+            line += f"; passed over, without text: {total - len(self.documents)}"
+        return line if 2 * different > len(self.documents) else f"{line}; different texts: {different} alone"
+
 
 def load_corpus(spec: str, split: str = "train") -> Corpus:
     """The text that `spec` names.
 
     Args:
-        spec: a name (`wikitext2`, `c4`, `python-docs`), `file:PATH`, or the path of an existing file. A
-            `.jsonl` file holds one JSON object a line, whose "text" (or else first string) is a document;
-            any other file is one document of UTF-8 text.
+        spec: a name (`wikitext2`, `c4`, `python-docs`), `file:PATH`, or the path of an existing file. JSON,
+            JSONL, CSV and TSV hold rows, each a document (`lmpress.corpora.rows` says which fields are
+            its text); any other file is one document.
         split: which part of a named corpus; files and `python-docs` have no parts.
 
     Raises:
-        RequestError: if the name is unknown, if the file is missing, empty or not UTF-8, if a line is not
-            what JSONL should hold, or if a named corpus is out of reach.
+        RequestError: if the name is unknown, if the file is missing, empty or no text, if it is not what its
+            name says, if no field of its rows is known to hold text, or if a named corpus is out of reach.
     """
     if spec in NAMED:
         documents = NAMED[spec](split)
         return Corpus(spec, ALL if spec == "python-docs" else split, documents)
     path = _path(spec)
-    text = _read(path)
-    documents = _jsonl_documents(path, text) if path.suffix.lower() == ".jsonl" else (text,)
-    return Corpus(f"file:{path.name}", ALL, documents)
+    text = read_text(path)
+    rows = read_rows(path, text)
+    taken = Taken((text,), {}) if rows is None else take_text(path, rows)
+    return Corpus(f"file:{path.name}", ALL, taken.documents, taken.record)
 
 
 def split_specs(specs: str) -> list[str]:
@@ -90,81 +105,27 @@ def split_specs(specs: str) -> list[str]:
 
 
 def check_corpus(spec: str) -> None:
-    """Refuse what `load_corpus` could not find, without reading any text.
+    """Refuse what `load_corpus` could not find or read, by its name and its first bytes alone.
 
     Raises:
-        RequestError: an unknown name, or a file that is missing.
+        RequestError: an unknown name, or a file that is missing or binary.
     """
     if spec not in NAMED:
         _path(spec)
 
 
 def _path(spec: str) -> Path:
-    """The file that a spec names; it is there."""
+    """The file that a spec names; it is there, and may be text."""
     if not spec.startswith("file:") and not os.path.exists(spec):
         hint = "; `self` is text that the model writes, and needs the model" if spec == "self" else ""
         raise RequestError(
             f"there is no corpus or file {spec!r}: give file:PATH or one of {', '.join(NAMED)}{hint}"
         )
     path = Path(spec.removeprefix("file:")).expanduser()
-    try:
-        if stat.S_ISDIR(path.stat().st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    check_readable(path)
     return path
-
-
-def _unreadable(path: Path, error: Exception) -> RequestError:
-    reason = getattr(error, "strerror", None) or error  # ValueError: a path with a null character
-    return RequestError(f"cannot read the text file {str(path)!r}: {reason}")
 
 
 def evaluation_split(spec: str) -> str:
     """The split of a named corpus that evaluation reads; calibration reads `train`."""
     return NO_TEST.get(spec, "test")
-
-
-def _read(path: Path) -> str:
-    """The text of a file, line ends and all."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if not text.strip():
-        raise RequestError(f"the text file {path} is empty")
-    return text
-
-
-def _jsonl_documents(path: Path, text: str) -> tuple[str, ...]:
-    """The documents of a JSONL file; empty lines and empty texts are passed over."""
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON may hold U+2028
-        if line.strip():
-            document = _document(f"{path}, line {number}", line)
-            if document.strip():
-                documents.append(document)
-    if not documents:
-        raise RequestError(f"the file {path} holds no text: every document is empty")
-    return tuple(documents)
-
-
-def _document(where: str, line: str) -> str:
-    """The text of one JSONL line."""
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise RequestError(f"{where}: a JSON object with a text is wanted, not {type(record).__name__}")
-    strings = [value for value in record.values() if isinstance(value, str)]
-    text = record["text"] if isinstance(record.get("text"), str) else next(iter(strings), None)
-    if text is None:
-        raise RequestError(f'{where}: no field holds a text; name it "text"')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{where}: half a surrogate pair, which is no text") from error
-    return str(text)

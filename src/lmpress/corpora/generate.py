@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmpress.corpora.windows import adds_bos
+from lmpress.corpora.windows import adds_bos, check_context, check_ids
 from lmpress.errors import LmpressError, RequestError
 from lmpress.progress import track
 
@@ -45,12 +45,10 @@ def generate_text(
         int64 (samples, seq_len), on the CPU.
 
     Raises:
-        RequestError: if `seq_len` is longer than the model's context.
+        RequestError: if `seq_len` is longer than the model's context, or the tokenizer is not the model's.
         LmpressError: if the model's logits are not finite.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and seq_len > context:
-        raise RequestError(f"the model reads {context} tokens and cannot write {seq_len}: lower `seq_len`")
+    check_context(model.config, seq_len, "texts", "lower `seq_len`")
     if samples < 1 or seq_len < 2 or batch_size < 1 or temperature <= 0:
         raise RequestError(
             "samples, batch_size and temperature are above 0 and seq_len is at least 2, not"
@@ -59,8 +57,9 @@ def generate_text(
     generator = torch.Generator().manual_seed(seed)
     chance = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64)
     ids = torch.empty(samples, seq_len, dtype=torch.int64)
-    ids[:, 0] = _first_tokens(tokenizer, chance[:, 0])
     known = min(len(tokenizer), model.config.vocab_size)  # rows beyond the tokenizer are padding
+    ids[:, 0] = _first_tokens(tokenizer, known, chance[:, 0])
+    check_ids([ids[:, 0]], model.config.vocab_size, "a text that it begins")
     model.eval()
     batches = list(zip(torch.split(ids, batch_size), torch.split(chance, batch_size), strict=True))
     steps = (step for batch in batches for step in _write(model, *batch, known, temperature))
@@ -69,12 +68,20 @@ def generate_text(
     return ids
 
 
-def _first_tokens(tokenizer: Any, chance: Tensor) -> Tensor:
-    """BOS for all, or one ordinary token for each number in [0, 1)."""
+def _first_tokens(tokenizer: Any, known: int, chance: Tensor) -> Tensor:
+    """BOS for all, or one ordinary token below `known` for each number in [0, 1).
+
+    Raises:
+        RequestError: all tokens are special: the tokenizer is an empty one, or another model's.
+    """
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor([token for token in range(known) if token not in special])
+    if not ordinary.numel():
+        raise RequestError(
+            "the tokenizer has no tokens but special ones: put the model's own (tokenizer.json) beside it"
+        )
     if adds_bos(tokenizer):
         return torch.full(chance.shape, tokenizer.bos_token_id, dtype=torch.int64)
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
     return ordinary[(chance * ordinary.numel()).long()]
 
 

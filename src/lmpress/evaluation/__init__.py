@@ -12,6 +12,7 @@ from lmpress.evaluation.perplexity import TextScore, measure
 from lmpress.evaluation.protocol import (
     EvaluationText,
     TextProtocol,
+    check_windows,
     default_window,
     refuse_seen_text,
     spq_text,
@@ -38,6 +39,7 @@ __all__ = [
     "Throughput",
     "Timing",
     "bytes_16bit",
+    "check_windows",
     "current_resident_set",
     "default_window",
     "disk_bytes",

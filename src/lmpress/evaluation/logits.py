@@ -41,7 +41,7 @@ class ChunkedLogits:
         own = inner(input_ids=ids, use_cache=False).logits[0].float()  # (probe, vocabulary)
         self.vocabulary = int(own.shape[-1])
         if self.chunked:
-            tolerance = 1e-3 * float(own.abs().max().nan_to_num(0.0))
+            tolerance = 1e-3 * float(own.abs().nan_to_num(0.0, posinf=0.0).max())
             chunked = self.logits(self.states(ids)[0])
             self.chunked = chunked.shape == own.shape and torch.allclose(
                 chunked, own, rtol=1e-3, atol=tolerance, equal_nan=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from lmpress.checkpoint import MANIFEST, plan_of, read_header, read_json, shard_paths
+from lmpress.checkpoint import MANIFEST, plan_of, read_gguf_header, read_header, read_manifest, shard_paths
 from lmpress.errors import RequestError
 from lmpress.evaluation.size import dense_skeleton
 from lmpress.families import layout_of
@@ -50,7 +51,7 @@ class ModuleRow:
 def block_linears(config: Any) -> list[str]:
     """The paths of all linears of all blocks. RequestError for a family that is not supported."""
     layout = layout_of(config)
-    return [f"{layout.block_name(i)}.{linear}" for i in range(layout.num_blocks) for linear in layout.linears]
+    return list(layout.linears)
 
 
 def linear_bits_per_weight(model: PreTrainedModel, skeleton: PreTrainedModel | None = None) -> float:
@@ -86,7 +87,7 @@ def stored_bits_per_weight(path: str | Path, config: Any, skeleton: Any = None) 
         RequestError: if the family is not supported, or a file is missing or damaged.
     """
     path = Path(path)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _gguf_bits_per_weight(path)
     stored = stored_tensors(path)
     skeleton = dense_skeleton(config) if skeleton is None else skeleton
@@ -188,8 +189,7 @@ def _directory_table(directory: Path) -> list[ModuleRow]:
     layout, skeleton = layout_of(config), dense_skeleton(config)
     stored = stored_tensors(directory)
     headers = {name: entry for file in shard_paths(directory) for name, entry in read_header(file).items()}
-    manifest = directory / MANIFEST
-    reports = read_json(manifest).get("modules", {}) if manifest.is_file() else {}
+    reports = read_manifest(directory)["modules"] if (directory / MANIFEST).is_file() else {}
     forms, in_block = plan_of(directory), block_linears(config)
     rows: list[ModuleRow] = []
     for name in [layout.embedding, *in_block, layout.head]:
@@ -241,15 +241,10 @@ def _stored_bytes(stored: Mapping[str, int], name: str, original: Any) -> int:
 
 def _gguf_bits_per_weight(file: Path) -> float | None:
     """Of the matrices of the blocks in a GGUF file, which calls them blk.N.*.weight."""
-    from gguf import GGUFReader
-
-    try:
-        tensors = GGUFReader(file).tensors
-    except (ValueError, IndexError, OSError) as damage:
-        raise RequestError(f"{file} cannot be read as GGUF ({damage}); fetch it again") from damage
-    linears = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2]
-    weights = sum(int(t.n_elements) for t in linears)
-    return 8 * sum(int(t.n_bytes) for t in linears) / weights if weights else None
+    tensors = read_gguf_header(file).tensors
+    linears = [t for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
+    weights = sum(math.prod(t.shape) for t in linears)
+    return 8 * sum(t.stop - t.start for t in linears) / weights if weights else None
 
 
 def _module_bytes(module: nn.Module, original: Any) -> int:

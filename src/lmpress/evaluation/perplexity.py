@@ -27,13 +27,18 @@ class TextScore:
     Attributes:
         tokens: predicted tokens: every token but the first of its window.
         loss: mean negative log-likelihood, nats a token.
-        kl: mean KL(reference || model), nats a token; None without a reference.
-        top1_agreement: share of positions where model and reference have the same most likely token.
+        not_finite: predicted tokens at whose position the logits are not finite; with one of them the loss is
+            NaN.
+        kl: mean KL(reference || model), nats a token; None without a reference; NaN where the logits of
+            either are not finite at any position.
+        top1_agreement: share of positions where model and reference have the same most likely token; None and
+            NaN as for `kl`.
         dtype: the dtype of the hidden states, which is the dtype that the model computes in.
     """
 
     tokens: int
     loss: float
+    not_finite: int
     kl: float | None
     top1_agreement: float | None
     dtype: str
@@ -150,11 +155,15 @@ def _check_vocabularies(runners: Mapping[str, ChunkedLogits], reference: str | N
 def _score(name: str, tally: Tally, compared: bool, dtype: str) -> TextScore:
     loss = tally.loss / tally.tokens
     if not math.isfinite(loss):
-        note(f"{name}: its loss is {loss}; the model gives logits that are not finite")
+        note(
+            f"{name}: its loss is {loss}; the model gives logits that are not finite at "
+            f"{tally.not_finite} of {tally.tokens} positions"
+        )
     return TextScore(
         tokens=tally.tokens,
         loss=loss,
-        kl=tally.divergence / tally.tokens if compared else None,
-        top1_agreement=tally.agreed / tally.tokens if compared else None,
+        not_finite=tally.not_finite,
+        kl=tally.kl if compared else None,
+        top1_agreement=tally.agreement if compared else None,
         dtype=dtype,
     )

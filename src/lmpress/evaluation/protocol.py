@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lmpress.corpora import Corpus, ngram_overlap
+from lmpress.corpora import Corpus, check_context, context_of, ngram_overlap
 from lmpress.errors import RequestError
 
 DEFAULT_WINDOW = 2048
@@ -92,8 +92,15 @@ class EvaluationText:
 
 def default_window(config: Any) -> int:
     """min(2048, the context of the model); 2048 where the config names none."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(DEFAULT_WINDOW, int(context)) if context else DEFAULT_WINDOW
+    return min(DEFAULT_WINDOW, context_of(config) or DEFAULT_WINDOW)
+
+
+def check_windows(text: EvaluationText, config: Any) -> None:
+    """RequestError where a model of this config does not read as many tokens at once as the windows have."""
+    longest = max(window.numel() for window in text.windows)
+    spq = text.protocol.label == "spq"
+    remedy = "the paper's protocol is for other models" if spq else "lower `window`"
+    check_context(config, longest, f"windows of {text.protocol.corpus}", remedy)
 
 
 def bos_of(windows: Sequence[Tensor], bos_token_id: int | None) -> Bos:

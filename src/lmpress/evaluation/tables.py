@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
@@ -14,6 +15,9 @@ WIDE = 5
 
 ERRORS = {"relative_weight_error": "weight error", "relative_output_error": "output error"}
 """What a manifest calls a module's errors -> what the table does."""
+
+NOT_FINITE = "not finite"
+"""What stands in the place of a number that is none."""
 
 Cell = Callable[[Evaluation], str]
 
@@ -107,7 +111,7 @@ def _of_text(index: int, cell: Callable[[TextResult], str]) -> Cell:
 
 
 def _perplexity(text: TextResult) -> str:
-    return f"{text.score.perplexity:.3f}"
+    return _number(text.score.perplexity, ".3f")
 
 
 def _kl(text: TextResult) -> str:
@@ -134,4 +138,6 @@ def _speed(tokens_per_s: float, ratio: float | None) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    if value is None:
+        return "-"
+    return format(value, form) if math.isfinite(value) else NOT_FINITE

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmpress.families.base import Family, Layout, Neurons, Site
+from lmpress.families.base import BlockLayout, Family, Feed, Layout, Neurons, Norm, Rows, Site
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 MLP = ("fc1", "fc2")
@@ -22,19 +22,28 @@ class Opt(Family):
     model_types = ("opt",)
 
     def layout(self, config: Any) -> Layout:
+        def behind(norm: str) -> Feed | None:
+            """A norm in front of a sub-layer; one behind a sum feeds the residual stream as well."""
+            return Feed(norm=Norm(norm, centred=True)) if config.do_layer_norm_before else None
+
+        fc1 = Rows(MLP[0])
+        homogeneous = config.activation_function == "relu"  # relu(x / s) = relu(x) / s
+        block = BlockLayout(
+            sites=(
+                Site("qkv", ATTENTION[:3], behind("self_attn_layer_norm")),
+                Site("o", ATTENTION[3:], Feed(rows=Rows(ATTENTION[2]))),
+                Site("gate_up", MLP[:1], behind("final_layer_norm")),
+                Site("down", MLP[1:], Feed(rows=fc1) if homogeneous else None),
+            ),
+            neurons=Neurons(inputs=(fc1,), signal=fc1, output=MLP[1]),
+            attention=ATTENTION,
+            mlp=MLP,
+            writers=(ATTENTION[3], MLP[1]),
+        )
         return Layout(
             family=self.name,
             blocks="model.decoder.layers",
-            num_blocks=config.num_hidden_layers,
-            sites=(
-                Site("qkv", ATTENTION[:3]),
-                Site("o", ATTENTION[3:]),
-                Site("gate_up", MLP[:1]),
-                Site("down", MLP[1:]),
-            ),
-            neurons=Neurons(inputs=MLP[:1], signal="fc1", output="fc2"),
-            attention=ATTENTION,
-            mlp=MLP,
+            each=(block,) * config.num_hidden_layers,
             embedding="model.decoder.embed_tokens",
             head="lm_head",
             tied=bool(config.tie_word_embeddings),

@@ -15,10 +15,12 @@ from lmpress.errors import RequestError
 from lmpress.families.base import Family, Layout
 from lmpress.families.llama_like import LlamaLike
 from lmpress.families.opt import Opt
+from lmpress.families.phi3 import Phi3
 
 FAMILIES: list[Family] = [
     LlamaLike(),
     Opt(),
+    Phi3(),
 ]
 
 

@@ -1,7 +1,7 @@
 """What a compressed weight is: a small expression over tensors."""
 
-from lmpress.forms.base import Form, form_from_description
-from lmpress.forms.dense import Dense
+from lmpress.forms.base import Form, Part, form_from_description
+from lmpress.forms.dense import Dense, in_storage
 from lmpress.forms.entropy_coded import EntropyCoded, coded_bits, decode_all
 from lmpress.forms.linear import CompressedEmbedding, CompressedLinear
 from lmpress.forms.low_rank import LowRank
@@ -22,6 +22,7 @@ __all__ = [
     "Form",
     "LowRank",
     "NofM",
+    "Part",
     "Pattern",
     "Pivoted",
     "Quantized",
@@ -31,6 +32,7 @@ __all__ = [
     "coded_bits",
     "decode_all",
     "form_from_description",
+    "in_storage",
     "pack_codes",
     "packed_width",
     "unpack_codes",

@@ -43,6 +43,10 @@ PART = 1 << 22
 """Codes that are counted at a time."""
 RAW_BITS = 48
 """What an escaped code costs, about: 32 bits and the escape symbol."""
+CODES_A_BYTE = 1 << 16
+"""A matrix that claims more codes for each of its bytes is damaged: a chunk of equal ones takes 12 bytes."""
+FEW_CODES = 1 << 26
+"""So many are believed whatever the bytes."""
 KNOTS = np.array([*range(8), *((4 + i % 4) << (i // 4 + 1) for i in range(37))])
 """0, 1, .. 8, 10, 12, 14, 16, 20, .. 4096."""
 LARGEST = int(KNOTS[-1])
@@ -213,6 +217,13 @@ class Coded:
             raise ValueError(f"the model of {self._what} is corrupt")
         return contexts, tables
 
+    def check(self) -> None:
+        """ValueError where there are more codes than the bytes can tell of; before any is made room for."""
+        size = max(1, self.shape[0]) * max(1, self.shape[1])
+        stored = len(self.payload) + 4 * self.chunks.size + len(self.model)
+        if size > max(FEW_CODES, CODES_A_BYTE * stored):
+            raise ValueError(f"{self._what} claims {size} codes in {stored} bytes")
+
     @property
     def _what(self) -> str:
         return self.name or f"an entropy-coded matrix of {self.shape[0]} x {self.shape[1]}"
@@ -237,6 +248,7 @@ class Coded:
 
     def decode(self) -> Array:
         """The codes (out, in), int8, int16 or int32. ValueError names the chunk that is corrupt."""
+        self.check()
         result = np.zeros(self.shape, np.dtype(f"i{self.itemsize}"))
         for number in range(len(self._starts) - 1):
             rows, codes = self.decode_chunk(number)
@@ -249,6 +261,7 @@ class Coded:
 
     def decode_rows(self, rows: Array) -> Array:
         """The codes of the rows `rows` (k,), each at most once; only their chunks are decoded."""
+        self.check()
         place = np.empty(self.shape[0], np.int64)
         place[self.row_order] = np.arange(self.shape[0])
         chunk, offset = np.divmod(place[rows], self.rows_per_chunk)
@@ -389,7 +402,9 @@ def encode(codes: Array, chunk_size: int = 1 << 16) -> Coded:
         table.append((len(words), len(raw), checksum(codes[chosen], coded._seed)))
     payload = np.frombuffer(b"".join(parts), np.uint8)
     chunks = np.array(table, np.int64).reshape(-1, 3).astype(np.uint32).view(np.int32)
-    return Coded(payload, chunks, model, (rows, columns), per_chunk, itemsize)
+    coded = Coded(payload, chunks, model, (rows, columns), per_chunk, itemsize)
+    coded.check()
+    return coded
 
 
 def _encode_rows(

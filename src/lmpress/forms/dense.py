@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,19 @@ class Dense(Form):
         dtype = float_dtype(description["dtype"])
         return cls(torch.empty(shape_of(description), dtype=dtype, device="meta"))
 
-    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
-        return rewriter(self)
+    @property
+    def storage(self) -> str:
+        return "dense"
 
     @property
     def formula(self) -> str:
         return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(
             dtype_name(self.weight.dtype), dtype_name(self.weight.dtype)
         )
+
+
+def in_storage(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` as it is stored: cast to `dtype`, or to bfloat16 where float16 would overflow."""
+    if dtype == torch.float16 and weight.numel() and float(weight.abs().amax()) > 65504.0:
+        return weight.to(torch.bfloat16)
+    return weight.to(dtype)

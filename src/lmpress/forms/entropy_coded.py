@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmpress.forms.base import Form, shape_of
+from lmpress.forms.base import Form, Run, shape_of, whole
 from lmpress.forms.scaled_codes import (
     ScaledCodes,
     check_scales,
@@ -113,6 +113,9 @@ class EntropyCoded(Form):
         """The form that runs: the same matrix with its codes decoded, a byte each where nearly all fit."""
         return ScaledCodes(self.codes(), self.row_scale, self.column_scale).compact()
 
+    def run_by(self, run: Run, x: Tensor) -> Tensor:
+        return run(self.resident(), x)
+
     def stored(self, resident: Form) -> EntropyCoded:
         """`resident` coded anew. Equal codes give equal bytes, by the same numpy and coder."""
         assert isinstance(resident, ScaledCodes)
@@ -169,15 +172,12 @@ class EntropyCoded(Form):
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> EntropyCoded:
         rows, columns = shape = shape_of(description)
-        per_chunk, itemsize = int(description["rows_per_chunk"]), int(description["code_bytes"])
+        per_chunk, itemsize = whole(description, "rows_per_chunk"), whole(description, "code_bytes")
         count = -(-rows // max(1, per_chunk)) if columns else 0
-        payload = torch.empty(int(description["payload_bytes"]), dtype=torch.uint8, device="meta")
+        payload = torch.empty(whole(description, "payload_bytes"), dtype=torch.uint8, device="meta")
         chunks = torch.empty(count, 3, dtype=torch.int32, device="meta")
-        model = torch.empty(int(description["model_bytes"]), dtype=torch.uint8, device="meta")
+        model = torch.empty(whole(description, "model_bytes"), dtype=torch.uint8, device="meta")
         return cls(payload, chunks, model, *empty_scales(shape, description), shape, per_chunk, itemsize)
-
-    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
-        return rewriter(self)
 
     @property
     def formula(self) -> str:

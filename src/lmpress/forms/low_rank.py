@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmpress.forms.base import Form, form_from_description, prefixed, unprefixed
+from lmpress.forms.base import Form, Part, Refit, Run, form_from_description, prefixed, unprefixed
 
 
 @dataclass(frozen=True, repr=False)
@@ -19,6 +19,7 @@ class LowRank(Form):
     left: Form
     right: Form
     kind = "low_rank"
+    is_product = True
 
     def __post_init__(self) -> None:
         if self.left.shape[1] != self.right.shape[0]:
@@ -37,8 +38,25 @@ class LowRank(Form):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return (self.left.dense(wide) @ self.right.dense(wide)).to(dtype)
 
+    def parts(self) -> tuple[Part, ...]:
+        right = Part("right", self.right, through=self.left.dense)
+        return right, Part("left", self.left, after="right")
+
+    def with_parts(self, parts: Mapping[str, Form]) -> LowRank:
+        return LowRank(parts["left"], parts["right"])
+
     def forward(self, x: Tensor) -> Tensor:
         return self.left.forward(self.right.forward(x))
+
+    def run_by(self, run: Run, x: Tensor) -> Tensor:
+        return run(self.left, run(self.right, x))
+
+    def merged(self, update: Tensor, refit: Refit) -> LowRank:
+        """The best product of the same rank (Eckart-Young), with leaves as the old ones are."""
+        u, s, vt = torch.linalg.svd((self.dense() + update).double(), full_matrices=False)
+        root = s[: self.rank].sqrt()
+        left, right = (u[:, : self.rank] * root).float(), (root[:, None] * vt[: self.rank]).float()
+        return LowRank(refit(self.left, left), refit(self.right, right))
 
     def rows(self, index: Tensor) -> Tensor:
         return self.left.rows(index).float() @ self.right.dense()
@@ -63,17 +81,6 @@ class LowRank(Form):
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> LowRank:
         return cls(form_from_description(description["left"]), form_from_description(description["right"]))
-
-    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
-        return LowRank(self.left.rewrite(rewriter), self.right.rewrite(rewriter))
-
-    def resident(self) -> LowRank:
-        left, right = self.left.resident(), self.right.resident()
-        return self if left is self.left and right is self.right else LowRank(left, right)
-
-    def stored(self, resident: Form) -> LowRank:
-        assert isinstance(resident, LowRank)
-        return LowRank(self.left.stored(resident.left), self.right.stored(resident.right))
 
     @property
     def formula(self) -> str:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmpress.forms.base import whole
+
 MAX_GROUP = 16
 """The largest m of an n:m pattern: the table of subsets stays below 13000 rows."""
 
@@ -62,6 +64,10 @@ class Pattern(ABC):
     def describe(self) -> dict[str, Any]:
         """What rebuilds the pattern on the meta device."""
 
+    @abstractmethod
+    def check(self) -> None:
+        """ValueError where the bytes tell of other entries than `kept` many, or of none that there are."""
+
     def with_packed(self, packed: Tensor) -> Pattern:
         """The same pattern over another tensor (moved or loaded)."""
         return replace(self, packed=packed)
@@ -72,9 +78,9 @@ class Pattern(ABC):
         if description["kind"] == "bitmap":
             width = -(-shape[1] // 8)
             packed = torch.empty(shape[0], width, dtype=torch.uint8, device="meta")
-            return Bitmap(packed, shape[1], int(description["kept"]))
+            return Bitmap(packed, shape[1], whole(description, "kept", shape[0] * shape[1]))
         if description["kind"] == "n:m":
-            n, m = int(description["n"]), int(description["m"])
+            n, m = whole(description, "n", MAX_GROUP), whole(description, "m", MAX_GROUP)
             _check_group(n, m, shape[1])
             width = index_bits(n, m) * -(-(shape[1] // m) // 8)
             packed = torch.empty(shape[0], width, dtype=torch.uint8, device="meta")
@@ -103,6 +109,11 @@ class Bitmap(Pattern):
 
     def mask(self) -> Tensor:
         return unpack_bits(self.packed, self.columns)
+
+    def check(self) -> None:
+        kept = int(self.mask().sum())
+        if kept != self.nonzeros:
+            raise ValueError(f"a bitmap keeps {kept} entries instead of {self.nonzeros}: it is damaged")
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "bitmap", "kept": self.nonzeros}
@@ -152,6 +163,11 @@ class NofM(Pattern):
     def mask(self) -> Tensor:
         subsets = _subsets(self.n, self.m).to(self.packed.device)
         return subsets.index_select(0, self.ranks().view(-1)).view(self.shape[0], self.columns)
+
+    def check(self) -> None:
+        ranks = self.ranks()
+        if ranks.numel() and int(ranks.max()) >= comb(self.m, self.n):
+            raise ValueError(f"an index names no {self.n} of {self.m} entries: it is damaged")
 
     def spread(self, values: Tensor) -> Tensor:
         subsets = _subsets(self.n, self.m)

@@ -6,14 +6,14 @@ row, its r coefficients: the gauge freedom A B = (A G)(G^-1 B) made into an iden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmpress.forms.base import Form, form_from_description, prefixed, unprefixed
+from lmpress.forms.base import Form, Part, Refit, Run, form_from_description, prefixed, unprefixed
 from lmpress.forms.pattern import pack_bits, unpack_bits
 
 
@@ -31,6 +31,7 @@ class Pivoted(Form):
     coefficients: Form
     index: Tensor
     kind = "pivoted"
+    is_product = True
 
     def __post_init__(self) -> None:
         if self.coefficients.shape[1] != self.basis.shape[0]:
@@ -69,13 +70,28 @@ class Pivoted(Form):
         stacked = torch.cat([basis, self.coefficients.dense(wide) @ basis])
         return stacked[self._places()].to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.basis.forward(x)  # (..., r)
-        return self.placed(y, self.coefficients.forward(y))
+    def parts(self) -> tuple[Part, ...]:
+        basis = Part("basis", self.basis, through=self._from_basis)
+        return basis, Part("coefficients", self.coefficients, after="basis", rows=~self.pivots())
 
-    def placed(self, basis: Tensor, rest: Tensor) -> Tensor:
-        """The outputs (..., out) in their places, from those of the basis rows (..., r) and of the others."""
-        return torch.cat([basis, rest], -1).index_select(-1, self._places())
+    def _from_basis(self) -> Tensor:
+        """The matrix (out, r) that makes the whole of the basis."""
+        coefficients = self.coefficients.dense()
+        stacked = torch.cat([torch.eye(self.rank, device=coefficients.device), coefficients])
+        return stacked[self._places()]
+
+    def with_parts(self, parts: Mapping[str, Form]) -> Pivoted:
+        return Pivoted(parts["basis"], parts["coefficients"], self.index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run_by(lambda part, x: part.forward(x), x)
+
+    def run_by(self, run: Run, x: Tensor) -> Tensor:
+        y = run(self.basis, x)  # (..., r)
+        return torch.cat([y, run(self.coefficients, y)], -1).index_select(-1, self._places())
+
+    def merged(self, update: Tensor, refit: Refit) -> Form:
+        raise ValueError(f"an update cannot be merged into {self.formula}; keep it as a term")
 
     def tensors(self) -> dict[str, Tensor]:
         parts = prefixed("basis", self.basis) | prefixed("coefficients", self.coefficients)
@@ -103,21 +119,11 @@ class Pivoted(Form):
         rows = basis.shape[0] + coefficients.shape[0]
         return cls(basis, coefficients, torch.empty(1, -(-rows // 8), dtype=torch.uint8, device="meta"))
 
-    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
-        return Pivoted(self.basis.rewrite(rewriter), self.coefficients.rewrite(rewriter), self.index)
-
-    def resident(self) -> Pivoted:
-        basis, coefficients = self.basis.resident(), self.coefficients.resident()
-        same = basis is self.basis and coefficients is self.coefficients
-        return self if same else Pivoted(basis, coefficients, self.index)
-
-    def stored(self, resident: Form) -> Pivoted:
-        assert isinstance(resident, Pivoted)
-        basis, coefficients = (
-            self.basis.stored(resident.basis),
-            self.coefficients.stored(resident.coefficients),
-        )
-        return Pivoted(basis, coefficients, resident.index)
+    def check(self) -> None:
+        pivots = int(self.pivots().sum())
+        if pivots != self.rank:
+            raise ValueError(f"an index names {pivots} pivot rows instead of {self.rank}: it is damaged")
+        super().check()
 
     @property
     def formula(self) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmpress.forms.base import Form, dtype_name, float_dtype, shape_of
+from lmpress.forms.base import Form, dtype_name, flag, float_dtype, shape_of, whole
 from lmpress.forms.packing import pack_codes, packed_width, unpack_codes
 
 
@@ -154,22 +154,21 @@ class Quantized(Form):
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Quantized:
         rows, columns = shape_of(description)
-        bits, symmetric = int(description["bits"]), bool(description["symmetric"])
-        scale_rows, scale_columns = description["scale_shape"]
+        bits, symmetric = whole(description, "bits"), flag(description, "symmetric")
+        scale_shape = shape_of(description, "scale_shape")
         if not 2 <= bits <= 8:
             raise ValueError(f"codes have 2 to 8 bits, not {bits}")
-        _check_scale((scale_rows, scale_columns), (rows, columns))
-        scale = torch.empty(
-            scale_rows, scale_columns, dtype=float_dtype(description["scale_dtype"]), device="meta"
-        )
+        _check_scale(scale_shape, (rows, columns))
+        scale = torch.empty(scale_shape, dtype=float_dtype(description["scale_dtype"]), device="meta")
         dtype = torch.int8 if symmetric and bits == 8 else torch.uint8
         packed = torch.empty(rows, packed_width(columns, bits), dtype=dtype, device="meta")
         width = packed_width(scale.numel(), bits)
         zero = None if symmetric else torch.empty(1, width, dtype=torch.uint8, device="meta")
         return cls(packed, scale, zero, bits, columns)
 
-    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
-        return rewriter(self)
+    @property
+    def storage(self) -> str:
+        return "row scales" if self.scale.shape[1] == 1 else "group scales"
 
     @property
     def formula(self) -> str:

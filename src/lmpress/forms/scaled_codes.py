@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmpress.forms.base import Form, dtype_name, float_dtype, shape_of
+from lmpress.forms.base import Form, dtype_name, float_dtype, shape_of, whole
 
 CODE_DTYPES = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32}
 
@@ -133,16 +134,26 @@ class ScaledCodes(Form):
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> ScaledCodes:
         shape = shape_of(description)
-        if description["code_dtype"] not in CODE_DTYPES:
-            raise ValueError(f"codes are {', '.join(CODE_DTYPES)}, not {description['code_dtype']!r}")
-        codes = torch.empty(shape, dtype=CODE_DTYPES[description["code_dtype"]], device="meta")
-        count = int(description["overflow"])
+        kind = description["code_dtype"]
+        if not isinstance(kind, str) or kind not in CODE_DTYPES:
+            raise ValueError(f"codes are {', '.join(CODE_DTYPES)}, not {short(kind)}")
+        codes = torch.empty(shape, dtype=CODE_DTYPES[kind], device="meta")
+        count = whole(description, "overflow")
         sizes = (count, shape[0] + 1, count) if count else ()
         apart = [torch.empty(size, dtype=torch.int32, device="meta") for size in sizes]
         return cls(codes, *empty_scales(shape, description), *apart)
 
-    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
-        return rewriter(self)
+    @property
+    def storage(self) -> str:
+        return "scaled codes"
+
+    def check(self) -> None:
+        if self.overflow is None or self.starts is None:
+            return
+        starts, columns = self.starts, self.overflow
+        ordered = int(starts[0]) == 0 and int(starts[-1]) == len(columns) and bool((starts.diff() >= 0).all())
+        if not ordered or int(columns.min()) < 0 or int(columns.max()) >= self.shape[1]:
+            raise ValueError("the places of codes beyond a byte are damaged")
 
     @property
     def formula(self) -> str:
@@ -169,7 +180,7 @@ def describe_scales(row_scale: Tensor, column_scale: Tensor) -> dict[str, Any]:
 
 def empty_scales(shape: tuple[int, int], description: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The two scales on the meta device."""
-    rows, columns = int(description["row_scales"]), int(description["column_scales"])
+    rows, columns = whole(description, "row_scales"), whole(description, "column_scales")
     row_scale = torch.empty(rows, 1, dtype=float_dtype(description["row_dtype"]), device="meta")
     column_scale = torch.empty(1, columns, dtype=float_dtype(description["column_dtype"]), device="meta")
     check_scales(shape, row_scale, column_scale)

@@ -53,8 +53,9 @@ class Sparse(Form):
             raise ValueError(
                 f"values of shape {self.values.shape} for {self.pattern.kept} kept entries of {rows} rows"
             )
-        if self.scale is not None and (self.scale.shape[0] != rows or columns % max(1, self.scale.shape[1])):
-            raise ValueError(f"scales of shape {tuple(self.scale.shape)} do not fit {(rows, columns)}")
+        shape = None if self.scale is None else tuple(self.scale.shape)
+        if shape is not None and (len(shape) != 2 or shape[0] != rows or not shape[1] or columns % shape[1]):
+            raise ValueError(f"scales of shape {shape} do not fit {(rows, columns)}")
 
     @classmethod
     def from_dense(cls, weight: Tensor, mask: Tensor, group: tuple[int, int] | None = None) -> Sparse:
@@ -123,10 +124,14 @@ class Sparse(Form):
     def from_description(cls, description: Mapping[str, Any]) -> Sparse:
         scale = None
         if "scale_shape" in description:
-            rows, groups = description["scale_shape"]
-            scale = torch.empty(rows, groups, dtype=float_dtype(description["scale_dtype"]), device="meta")
+            dtype = float_dtype(description["scale_dtype"])
+            scale = torch.empty(shape_of(description, "scale_shape"), dtype=dtype, device="meta")
         pattern = Pattern.from_description(description["pattern"], shape_of(description))
         return cls(pattern, form_from_description(description["values"]), scale)
+
+    def check(self) -> None:
+        self.pattern.check()
+        self.values.check()
 
     def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
         return replace(self, values=self.values.rewrite(rewriter))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmpress.forms.base import Form, form_from_description, prefixed, unprefixed
+from lmpress.forms.base import Form, Part, Refit, Run, form_from_description, prefixed, unprefixed
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,11 +36,24 @@ class Sum(Form):
             total = total + term.dense(wide)
         return total.to(dtype)
 
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(Part(f"term{i}", term) for i, term in enumerate(self.terms))
+
+    def with_parts(self, parts: Mapping[str, Form]) -> Sum:
+        return Sum(tuple(parts[f"term{i}"] for i in range(len(self.terms))))
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.terms[0].forward(x)
+        return self.run_by(lambda term, x: term.forward(x), x)
+
+    def run_by(self, run: Run, x: Tensor) -> Tensor:
+        y = run(self.terms[0], x)
         for term in self.terms[1:]:
-            y = y + term.forward(x)
+            y = y + run(term, x)
         return y
+
+    def merged(self, update: Tensor, refit: Refit) -> Sum:
+        """The first term takes the update."""
+        return Sum((self.terms[0].merged(update, refit), *self.terms[1:]))
 
     def rows(self, index: Tensor) -> Tensor:
         total = self.terms[0].rows(index).float()
@@ -61,17 +74,6 @@ class Sum(Form):
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Sum:
         return cls(tuple(form_from_description(term) for term in description["terms"]))
-
-    def rewrite(self, rewriter: Callable[[Form], Form]) -> Form:
-        return Sum(tuple(term.rewrite(rewriter) for term in self.terms))
-
-    def resident(self) -> Sum:
-        terms = tuple(term.resident() for term in self.terms)
-        return self if all(a is b for a, b in zip(terms, self.terms, strict=True)) else Sum(terms)
-
-    def stored(self, resident: Form) -> Sum:
-        assert isinstance(resident, Sum)
-        return Sum(tuple(a.stored(b) for a, b in zip(self.terms, resident.terms, strict=True)))
 
     @property
     def formula(self) -> str:

@@ -8,17 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmpress.forms import (
-    CompressedLinear,
-    Dense,
-    EntropyCoded,
-    Form,
-    LowRank,
-    Pivoted,
-    Quantized,
-    ScaledCodes,
-    Sum,
-)
+from lmpress.forms import CompressedLinear, Form
 from lmpress.kernels import floating, integer
 
 Leaf = Callable[[Any, Tensor], Tensor]
@@ -44,15 +34,6 @@ TABLE: dict[tuple[str, str, torch.dtype], Leaf] = {
 }
 
 
-def storage(form: Form) -> str:
-    """How the weight of a leaf is stored, as the table names it; empty for what it does not know."""
-    if type(form) is Quantized:
-        return "row scales" if form.scale.shape[1] == 1 else "group scales"
-    if type(form) is ScaledCodes:
-        return "scaled codes"
-    return "dense" if type(form) is Dense else ""
-
-
 def run(form: Form, x: Tensor) -> Tensor:
     """`x @ form.dense().T` on the device of x, in the dtype of x, fast.
 
@@ -67,21 +48,11 @@ def run(form: Form, x: Tensor) -> Tensor:
     Returns:
         (..., out).
     """
-    if type(form) is EntropyCoded:
-        return run(form.resident(), x)
-    if type(form) is LowRank:
-        return run(form.left, run(form.right, x))
-    if type(form) is Pivoted:
-        y = run(form.basis, x)
-        return form.placed(y, run(form.coefficients, y))
-    if type(form) is Sum:
-        y = run(form.terms[0], x)
-        for term in form.terms[1:]:
-            y = y + run(term, x)
-        return y
     device = x.device.type
-    leaf = TABLE.get((device, storage(form), x.dtype))
-    if leaf is None or x.numel() == 0 or 0 in form.shape or _plain_only(form, x, device):
+    leaf = TABLE.get((device, form.storage, x.dtype))
+    if leaf is None:
+        return form.run_by(run, x)
+    if x.numel() == 0 or 0 in form.shape or _plain_only(form, x, device):
         return form.forward(x)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = leaf(form, rows)

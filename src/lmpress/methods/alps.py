@@ -16,9 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmpress.methods.gptq import asymmetric_target, check_shapes
+from lmpress.methods.checks import check_layer
+from lmpress.methods.damping import shifted_cholesky
+from lmpress.methods.gptq import asymmetric_target
 from lmpress.methods.hessian import damped_inverse_factor, relative_loss
-from lmpress.methods.patterns import density_of, keep_largest, parse_pattern, sparse_form
+from lmpress.methods.patterns import (
+    density_of,
+    keep_largest,
+    parse_pattern,
+    sparse_form,
+    with_priority,
+)
 from lmpress.methods.result import Rewritten
 from lmpress.statistics import InputStatistics
 
@@ -41,7 +49,7 @@ class AlpsOptions:
     damping: float = 0.1
     iterations: int = 300
     refit: int = 10
-    asymmetry: float = 0.5
+    asymmetry: float = 0.0
 
     def __post_init__(self) -> None:
         density_of(self.pattern, self.sparsity)
@@ -65,15 +73,17 @@ def alps(
         row_weights: (out,) positive, what an error of each output counts; None for all alike.
 
     Returns:
-        `Sparse(pattern, Dense)` in the weight's dtype. The report has `density`, `iterations`, and
+        `Sparse(pattern, Dense)` in the weight's dtype. The report has the `damping` that it took, relative to
+        each H_jj, `density`, `iterations`, and
         `output_error` = relative squared error of the output over the calibration tokens, against the moved
         target where there is a `cross`.
     """
+    check_layer(weight, statistics, cross=cross, row_weights=row_weights)
     hessian = statistics.require_hessian().to(weight.device, torch.float32)
-    check_shapes(weight, hessian)
-    target, group = weight.float(), parse_pattern(options.pattern)
+    moved, group = None, parse_pattern(options.pattern)
     if cross is not None:
-        target = moved_target(target, hessian, cross, options.damping, options.asymmetry)
+        moved = moved_target(weight.float(), hessian, cross, options.damping, options.asymmetry)
+    target = weight.float() if moved is None else moved
     rows = 1.0 if row_weights is None else row_weights.to(target)[:, None]
     metric = Metric.of(hessian, options.damping)
     admm = Admm(metric, density_of(options.pattern, options.sparsity), group)
@@ -87,12 +97,12 @@ def alps(
     pruned = refit(target, metric, mask, metric.unscaled(admm.sparse) / rows, options.refit)
     form = sparse_form(pruned, mask, group, weight.dtype)
     report: dict[str, Any] = {
-        "damping": options.damping,
+        "damping": admm.damping,
         "density": form.density,
         "iterations": admm.steps,
         "output_error": relative_loss(target, form.dense(), hessian),
     }
-    return Rewritten(form, report)
+    return Rewritten(form, report, moved)
 
 
 def moved_target(target: Tensor, hessian: Tensor, cross: Tensor, damping: float, amount: float) -> Tensor:
@@ -108,23 +118,23 @@ class Metric:
     Attributes:
         matrix: (n, n), with ones on its diagonal.
         scale: s (n,), positive.
+        damping: what was added to every H_jj, relative to itself.
     """
 
     matrix: Tensor
     scale: Tensor
+    damping: float
 
     @classmethod
     def of(cls, hessian: Tensor, damping: float) -> Metric:
         """Damp every H_jj by a fraction of itself; inputs that are never active count a little, uncoupled."""
-        if not bool(torch.isfinite(hessian).all()):
-            raise ValueError("the Hessian is not finite")
         diagonal = hessian.diagonal().clamp_min(0)
         mean = diagonal.mean()
         floor = 1e-8 * mean if bool(mean > 0) else torch.ones_like(mean)
         scale = (diagonal * (1 + damping) + floor).sqrt()
         matrix = hessian / scale[:, None] / scale
         matrix.diagonal().fill_(1)
-        return cls(matrix, scale)
+        return cls(matrix, scale, damping)
 
     def scaled(self, weight: Tensor) -> Tensor:
         """W diag(s)."""
@@ -157,13 +167,18 @@ class Admm:
         self.metric, self.density, self.group = metric, density, group
         self.growth, self.protected = growth, protected
         self.rho, self.steps, self.settled = 0.1, 0, False
+        self._mended = 0.0  # what B's metric took beyond its damping, relative to the unit diagonal
         self._invert()
+
+    @property
+    def damping(self) -> float:
+        """What it took, relative to each H_jj."""
+        return self.metric.damping + self._mended * (1 + self.metric.damping)
 
     def _invert(self) -> None:
         """(H + rho I)^-1; with a unit diagonal and rho far above rounding, float32 is enough."""
-        shifted = self.metric.matrix.clone()
-        shifted.diagonal().add_(self.rho)
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        factor, self._mended = shifted_cholesky(self.metric.matrix, self.rho, self._mended)
+        self._inverse = torch.cholesky_inverse(factor)
 
     def start(self, scaled: Tensor) -> None:
         """Begin at the largest entries of `scaled`, the target times diag(s), (out, in)."""
@@ -172,9 +187,7 @@ class Admm:
         self.dual = torch.zeros_like(scaled)  # V
 
     def _largest(self, scaled: Tensor) -> Tensor:
-        scores = scaled.abs()
-        if self.protected is not None:
-            scores = scores.masked_fill(self.protected, torch.inf)
+        scores = with_priority(scaled.abs(), self.protected)
         return keep_largest(scores, self.density, self.group, per_row=False)
 
     def step(self, gradient: Tensor) -> None:

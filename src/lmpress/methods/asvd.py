@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lmpress.forms import Dense, LowRank
+from lmpress.methods.checks import check_layer
+from lmpress.methods.damping import singular_vectors
 from lmpress.methods.result import Rewritten
 from lmpress.methods.svd import relative_error
 from lmpress.statistics import InputStatistics
@@ -46,26 +47,25 @@ def asvd(weight: Tensor, statistics: InputStatistics, options: AsvdOptions) -> R
         statistics: of the input; E|x|, or the root of E[x^2] where that is unknown.
 
     Returns:
-        `LowRank(Dense (m, r), Dense (r, n))` in the weight's dtype. The report has `rank` and
-        `relative_error`, ||(W - W') X|| / ||W X|| (of the weight alone without a Hessian).
+        `LowRank(Dense (m, r), Dense (r, n))` in the weight's dtype. The report has `rank`, `damping`
+        (0 unless the SVD itself had to be mended) and `relative_error`, ||(W - W') X|| / ||W X|| (of the
+        weight alone without a Hessian).
 
     Raises:
-        ValueError: statistics that do not fit, or a weight that is not finite.
+        ValueError: statistics that do not fit, or numbers that are not finite.
     """
+    check_layer(weight, statistics)
     m, n = weight.shape
-    if statistics.features != n:
-        raise ValueError(f"statistics of {statistics.features} inputs for a weight of {(m, n)}")
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
     W = weight.double()
     size = statistics.second_moment.sqrt() if statistics.abs_mean is None else statistics.abs_mean
     scale = size.to(W).pow(options.alpha) + 1e-6  # (n,)
     rank = int(options.ratio * m * n / (m + n)) // options.multiple_of * options.multiple_of
     rank = min(max(rank, 1), m, n)
-    U, sigma, Vt = torch.linalg.svd(W * scale, full_matrices=False)
+    U, sigma, Vt, used = singular_vectors(W * scale)
     root = sigma[:rank].sqrt()
     left = (U[:, :rank] * root).to(weight.dtype)
     right = (root[:, None] * Vt[:rank] / scale).to(weight.dtype)
     error = relative_error(W, left.double() @ right.double(), statistics.hessian)
     form = LowRank(Dense(left.contiguous()), Dense(right.contiguous()))
-    return Rewritten(form, {"rank": rank, "alpha": options.alpha, "relative_error": error})
+    report = {"rank": form.rank, "alpha": options.alpha, "damping": used, "relative_error": error}
+    return Rewritten(form, report)

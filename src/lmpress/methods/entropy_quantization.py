@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import EntropyCoded, coded_bits
-from lmpress.methods.gptq import asymmetric_target, check_shapes
+from lmpress.methods.checks import check_layer
+from lmpress.methods.gptq import asymmetric_target
 from lmpress.methods.hessian import InverseFactor, damped_inverse_factor, feed_back, relative_loss
 from lmpress.methods.result import Rewritten
 from lmpress.statistics import InputStatistics
@@ -67,7 +68,7 @@ class EntropyOptions:
     flat_columns: bool = False
     dead_zone: float = 0.1
     largest_code: int | None = None
-    asymmetry: float = 0.5
+    asymmetry: float = 0.0
     chunk_size: int = 1 << 16
 
     def __post_init__(self) -> None:
@@ -127,17 +128,16 @@ def entropy_quantize(
         ValueError: no Hessian, shapes that do not fit, values that are not finite, a step so small that codes
             need more than 32 bits.
     """
+    check_layer(weight, statistics, cross=cross)
     hessian = statistics.require_hessian().to(weight.device, torch.float32)
-    check_shapes(weight, hessian)
     if not step > 0 or not math.isfinite(step):
         raise ValueError(f"a step is positive, not {step}")
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
     rank = torch.argsort(hessian.diagonal(), stable=True)  # ascending: a little better at low rates
     factor = _factor(hessian, rank, options)
-    target = weight.float()
+    moved = None
     if cross is not None:
-        target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry, rank)
+        moved = asymmetric_target(weight.float(), hessian, cross.to(hessian), factor, options.asymmetry, rank)
+    target = weight.float() if moved is None else moved
     shape = step_shape(weight.shape[0], _in_order(factor.upper.diagonal(), rank), sensitivity, options)
     row = shape.rows(step)
     column = wide_enough(target, row, shape.column, options)
@@ -151,7 +151,7 @@ def entropy_quantize(
         "tokens": statistics.count,
         "output_error": relative_loss(target, codes * row.float() * column.float(), hessian),
     }
-    return Rewritten(form, report)
+    return Rewritten(form, report, moved)
 
 
 def step_shape(
@@ -204,10 +204,14 @@ def _in_order(values: Tensor, rank: Tensor) -> Tensor:
 
 
 def wide_enough(target: Tensor, row: Tensor, column: Tensor, options: EntropyOptions) -> Tensor:
-    """The column steps, wider where a code would be larger than it may be."""
+    """The column steps, wider where a code would be larger than it may be; ValueError if beyond float16."""
     if options.largest_code is None or not target.numel():
         return column
     needed = (target / row.float()).abs().amax(0, keepdim=True) / options.largest_code
+    if float(needed.max()) > torch.finfo(torch.float16).max:
+        raise ValueError(
+            f"the step is too small to keep every code within {options.largest_code}: take a larger"
+        )
     return torch.maximum(column.float(), needed).half()
 
 
@@ -266,11 +270,6 @@ def _solve_rows(
     result = torch.empty_like(codes)
     result[rank] = codes
     return result.T
-
-
-def code_entropy(codes: Tensor) -> float:
-    """Bits that whole numbers (out, in) take in an `EntropyCoded` form, model included and scales not."""
-    return coded_bits(codes)
 
 
 @dataclass(frozen=True)
@@ -335,7 +334,7 @@ def rate_curve(
         if options.largest_code is not None:
             size = (scaled.abs().amax(0) / options.largest_code).clamp_min(size)
         codes = round_with_dead_zone(scaled / size, deviation / size, options.dead_zone)
-        bits.append(code_entropy(codes) * rows / len(picked))
+        bits.append(coded_bits(codes) * rows / len(picked))
     return RateCurve(weight.numel(), overhead, tuple(log_steps), tuple(bits))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import EntropyCoded
+from lmpress.methods.checks import check_layer
 from lmpress.methods.entropy_quantization import (
     EntropyOptions,
     conditional_deviations,
@@ -55,8 +56,7 @@ def entropy_round(
     Raises:
         ValueError: a weight that is not finite, or bits that cannot be met, with the least that can.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
+    check_layer(weight, statistics)
     target = weight.float()
     steps = torch.ones(weight.shape[1], device=weight.device)
     if statistics is not None:

@@ -22,12 +22,13 @@ others fixed, the best q_j is the grid point nearest to `q_j + [(W - Q) H]_j / H
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lmpress.forms import Quantized
+from lmpress.methods.checks import check_layer
 from lmpress.methods.hessian import InverseFactor, damped_inverse_factor, feed_back, relative_loss
 from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import fit_grid, parse_granularity, quantize_to_grid
@@ -57,15 +58,15 @@ class GptqOptions:
     """
 
     bits: int = 4
-    granularity: str = "group:64"
+    granularity: str = "channel"
     symmetric: bool = True
     damping: float = 0.03
     per_channel_damping: bool = False
-    order: str = "group-aware"
+    order: Literal["group-aware", "activation", "none"] = "group-aware"
     static_groups: bool = True
-    clip: bool = True
+    clip: bool = False
     sweeps: int = 0
-    asymmetry: float = 0.5
+    asymmetry: float = 0.0
     scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -99,15 +100,16 @@ def gptq(
         ValueError: no Hessian, shapes that do not fit, groups that do not divide the columns, a weight or a
             Hessian that is not finite.
     """
+    check_layer(weight, statistics, cross=cross)
     hessian = statistics.require_hessian().to(weight.device, torch.float32)
-    check_shapes(weight, hessian)
-    target = weight.float()
     rank = columns_in_order(hessian.diagonal(), options)
     factor = damped_inverse_factor(
         hessian[rank][:, rank], options.damping, per_channel=options.per_channel_damping
     )
+    moved = None
     if cross is not None:
-        target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry, rank)
+        moved = asymmetric_target(weight.float(), hessian, cross.to(hessian), factor, options.asymmetry, rank)
+    target = weight.float() if moved is None else moved
     importance = factor.upper.diagonal().square().reciprocal()
     scale, zero = _fit(target, torch.empty_like(importance).scatter_(0, rank, importance), options)
     rounded = Quantized.from_codes(
@@ -120,22 +122,14 @@ def gptq(
     form = solver.form()
     report: dict[str, Any] = {
         **factor.report(),
-        "bits": options.bits,
-        "granularity": options.granularity,
-        "symmetric": options.symmetric,
+        "bits": form.bits,
+        "granularity": form.granularity,
+        "symmetric": form.symmetric,
         "tokens": statistics.count,
         "output_error": relative_loss(target, form.dense(), hessian),
         "rounded_error": relative_loss(target, rounded.dense(), hessian),
     }
-    return Rewritten(form, report)
-
-
-def check_shapes(weight: Tensor, hessian: Tensor) -> None:
-    """ValueError where a Hessian is not that of the input of `weight` (out, in)."""
-    if weight.ndim != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
-        raise ValueError(
-            f"a Hessian of {tuple(hessian.shape)} does not fit a weight of {tuple(weight.shape)}"
-        )
+    return Rewritten(form, report, moved)
 
 
 def columns_in_order(diagonal: Tensor, options: GptqOptions) -> Tensor:
@@ -167,8 +161,6 @@ def asymmetric_target(
         cross: C = E[(x_fp - x) x^T] (in, in).
         factor: of H in the order `rank`; None for the order of the inputs.
     """
-    if cross.shape != hessian.shape:
-        raise ValueError(f"a cross matrix of {tuple(cross.shape)} for a Hessian of {tuple(hessian.shape)}")
     order = torch.arange(len(hessian), device=hessian.device) if rank is None else rank
     moved = (weight @ cross)[:, order] @ factor.upper.T @ factor.upper
     target = weight.clone()

@@ -11,12 +11,13 @@ quantized in the metric of `B x`, so that each step makes up for the one before.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lmpress.forms import Dense, Form, LowRank, Sum
+from lmpress.methods.checks import check_finite, check_layer
 from lmpress.methods.damping import damped
 from lmpress.methods.gptq import GptqOptions, gptq
 from lmpress.methods.hessian import relative_loss
@@ -41,10 +42,10 @@ class CorrectionOptions:
     """
 
     rank: int = 32
-    metric: str = "hessian"
+    metric: Literal["hessian", "diagonal", "none"] = "hessian"
     damping: float = 0.01
     bits: int | None = None
-    granularity: str = "channel"
+    granularity: Literal["tensor", "channel"] = "channel"
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.damping < 0:
@@ -67,28 +68,31 @@ def low_rank_correction(
 
     Returns:
         `Sum(form, LowRank)`, the factors in weight's dtype or quantized; a `Sum` gets one more term. The
-        report has `rank`, `error_before` and `error_after`: relative squared errors of the output, or of
-        the weight where there is no Hessian.
+        report has `rank`, the `damping` that it took, `error_before` and `error_after`: relative squared
+        errors of the output, or of the weight where there is no Hessian.
 
     Raises:
         ValueError: shapes that do not fit, or missing statistics.
     """
     if form.shape != tuple(weight.shape):
         raise ValueError(f"a correction of a form of {form.shape} towards a weight of {tuple(weight.shape)}")
+    check_layer(weight, statistics)
     approximation = form.dense().to(weight.device)
+    check_finite({"form to correct": approximation})
     residual = weight.float() - approximation
     rank = min(options.rank, *weight.shape)
     if options.bits is not None and statistics is not None:
-        correction = quantized_factors(residual, statistics, rank, options)
+        correction, used = quantized_factors(residual, statistics, rank, options)
     else:
-        correction = _factors(residual, _metric(weight, statistics, options), rank, weight.dtype)
+        correction, used = _factors(residual, _metric(weight, statistics, options), rank, weight.dtype)
     hessian = None if statistics is None or statistics.hessian is None else statistics.hessian
     metric = torch.eye(weight.shape[1]) if hessian is None else hessian
     metric = metric.to(weight.device, torch.float32)
     terms = form.terms if isinstance(form, Sum) else (form,)
     report: dict[str, Any] = {
-        "rank": rank,
+        "rank": correction.rank,
         "metric": options.metric,
+        "damping": used + (options.damping if options.metric == "hessian" else 0.0),
         "error_before": relative_loss(weight, approximation, metric),
         "error_after": relative_loss(weight, approximation + correction.dense(), metric),
     }
@@ -101,24 +105,34 @@ def quantized_factors(
     rank: int,
     options: CorrectionOptions,
     row_weights: Tensor | None = None,
-) -> LowRank:
-    """The best factors of `residual` (out, in), quantized one after the other, each making up for the
-    last; `row_weights` (out,) is what an error of each output counts, None for all alike."""
+) -> tuple[LowRank, float]:
+    """The best factors of `residual` (out, in), quantized one after the other, each making up for the last.
+
+    Args:
+        row_weights: what an error of each output counts, (out,); None for all alike.
+
+    Returns:
+        the factors, and what damping they took beyond that of the options.
+    """
     if options.bits is None:
         raise ValueError("quantized factors need a number of bits")
     metric = damped(statistics.require_hessian().to(residual.device), options.damping)
     weighted = residual if row_weights is None else residual * row_weights.to(residual)[:, None]
-    _, right = balanced(*(f.float() for f in project_exactly(weighted, metric, rank)))
+    left, right, projected = project_exactly(weighted, metric, rank)
+    _, right = balanced(left.float(), right.float())
     how = GptqOptions(
         bits=options.bits,
         granularity=options.granularity,
         damping=options.damping,
         per_channel_damping=True,
+        clip=True,
     )
-    right_form = gptq(right, statistics, how).form
-    stored = right_form.dense()
-    left = closed_form_left(residual.float(), stored, statistics, options.damping)
-    return LowRank(gptq(left, statistics.through(stored), how).form, right_form)
+    first = gptq(right, statistics, how)
+    stored = first.form.dense()
+    left, solved = closed_form_left(residual.float(), stored, statistics, options.damping)
+    second = gptq(left, statistics.through(stored), how)
+    grown = max(result.report["damping"] for result in (first, second)) - options.damping
+    return LowRank(second.form, first.form), max(projected, solved, grown)
 
 
 def _metric(weight: Tensor, statistics: InputStatistics | None, options: CorrectionOptions) -> Tensor | None:
@@ -127,13 +141,12 @@ def _metric(weight: Tensor, statistics: InputStatistics | None, options: Correct
         return None
     if statistics is None:
         raise ValueError(f"the metric {options.metric!r} needs statistics of the input")
-    if statistics.features != weight.shape[1]:
-        raise ValueError(f"statistics of {statistics.features} inputs for a weight of {tuple(weight.shape)}")
     if options.metric == "diagonal":
         return torch.diag(statistics.second_moment.to(weight.device, torch.float64))
     return damped(statistics.require_hessian().to(weight.device), options.damping)
 
 
-def _factors(residual: Tensor, metric: Tensor | None, rank: int, dtype: torch.dtype) -> LowRank:
-    left, right = balanced(*project_exactly(residual, metric, rank))
-    return LowRank(Dense(left.to(dtype)), Dense(right.to(dtype)))
+def _factors(residual: Tensor, metric: Tensor | None, rank: int, dtype: torch.dtype) -> tuple[LowRank, float]:
+    left, right, used = project_exactly(residual, metric, rank)
+    left, right = balanced(left, right)
+    return LowRank(Dense(left.to(dtype)), Dense(right.to(dtype))), used

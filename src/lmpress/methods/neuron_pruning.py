@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lmpress.methods.damping import damped_cholesky
+from lmpress.methods.checks import check_finite, check_statistics
+from lmpress.methods.damping import damped_cholesky, shifted_cholesky
 from lmpress.statistics import InputStatistics
 
 ROUNDS = 32
@@ -43,7 +44,7 @@ class NeuronOptions:
         damping: added to every channel of H, as a fraction of its own entry.
     """
 
-    importance: str = "output"
+    importance: Literal["output", "activation"] = "output"
     compensate: bool = True
     damping: float = 1e-2
 
@@ -95,8 +96,9 @@ def prune_neurons(
         ValueError: if `keep` is out of range, or a statistic that is needed is missing or not finite.
     """
     f = output.shape[1]
-    if not bool(torch.isfinite(output).all()):
-        raise ValueError("the output projection holds NaN or infinity")
+    check_finite({"output projection": output, "vector of activations": activation, "bias": output_bias})
+    if statistics is not None:
+        check_statistics(statistics)
     if not 1 <= keep <= f:
         raise ValueError(f"keep 1 to {f} neurons, not {keep}")
     needed = options.compensate or options.importance == "output"
@@ -255,6 +257,7 @@ class _Elimination:
     def __init__(self, weight: Tensor, inverse: Tensor) -> None:
         self.weight = weight.clone()  # (d, f), removed columns are zero
         self.inverse = inverse  # (f, f), removed rows and columns are zero
+        self.damping = 0.0  # the most that a step took, relative to the mean of what it inverted
         self.alive = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
 
     def remove_until(self, keep: int, batch: int) -> None:
@@ -273,7 +276,8 @@ class _Elimination:
         picked = _one_by_one(gram.cpu(), self.inverse[few][:, few].cpu(), count)
         removed = few[torch.tensor(picked, device=few.device)]
         rows = self.inverse[removed]  # (count, f)
-        factor = torch.linalg.cholesky(rows[:, removed])
+        factor, used = shifted_cholesky(rows[:, removed], 0.0)
+        self.damping = max(self.damping, used)
         half = torch.linalg.solve_triangular(factor, rows, upper=False)  # half^T half is the downdate
         self.weight -= self.weight[:, removed] @ torch.cholesky_solve(rows, factor)
         self.inverse.addmm_(half.T, half, alpha=-1)
@@ -322,7 +326,7 @@ def _choose(
         return _drop_greedily(W, moments, keep), 0.0
     elimination, used = _start(W, moments, options.damping)
     elimination.remove_until(keep, _batch(f - keep))
-    return elimination.alive.nonzero()[:, 0], used
+    return elimination.alive.nonzero()[:, 0], max(used, elimination.damping)
 
 
 def _drop_greedily(W: Tensor, moments: Tensor, keep: int) -> Tensor:
@@ -346,12 +350,20 @@ def _batch(count: int) -> int:
 
 
 def _moments(statistics: InputStatistics, device: torch.device, centred: bool) -> Tensor:
-    """E[x x^T], or the covariance of x; (f, f) on `device`."""
+    """E[x x^T], or the covariance of x; (f, f) on `device`.
+
+    A channel whose variance is lost in the rounding of its second moment counts as constant.
+    """
     hessian = statistics.require_hessian().to(device)
     if not centred:
         return hessian
     mean = statistics.mean.to(device, torch.float64)
-    return torch.addr(hessian.double(), mean, mean, alpha=-1)
+    covariance = torch.addr(hessian.double(), mean, mean, alpha=-1)
+    rounding = torch.finfo(torch.float32).eps * hessian.diagonal().double()
+    constant = covariance.diagonal() <= rounding
+    covariance[constant] = 0
+    covariance[:, constant] = 0
+    return covariance
 
 
 def _compensated(W: Tensor, moments: Tensor, kept: Tensor, damping: float) -> tuple[Tensor, float]:

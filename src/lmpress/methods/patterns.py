@@ -82,6 +82,13 @@ def keep_largest(scores: Tensor, density: float, group: tuple[int, int] | None, 
     return mask.view(rows, columns)
 
 
+def with_priority(scores: Tensor, protected: Tensor | None) -> Tensor:
+    """Scores (out, in) of which the protected ones (bool) are above all others; both kinds in their order."""
+    if protected is None or not scores.numel():
+        return scores
+    return torch.where(protected, scores + 2 * scores.amax(), scores)
+
+
 def sparse_form(values: Tensor, mask: Tensor, group: tuple[int, int] | None, dtype: torch.dtype) -> Sparse:
     """`Sparse(pattern, Dense)`: the entries of `values` (out, in) at `mask`, in `dtype`."""
     return Sparse.from_dense(values.to(dtype), mask, group)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Dense, LowRank, Pivoted
+from lmpress.methods.checks import check_finite
 from lmpress.methods.result import Rewritten
 
 
@@ -60,6 +61,7 @@ def pivot(low_rank: LowRank, options: PivotOptions | None = None) -> Rewritten:
     options = options or PivotOptions()
     left, right = low_rank.left.dense(torch.float64), low_rank.right.dense(torch.float64)
     m, rank = left.shape
+    check_finite({"left factor": left, "right factor": right})
     report: dict[str, Any] = {"rank": rank, "reason": None}
     if rank > m:
         return Rewritten(low_rank, report | {"reason": f"rank {rank} is above the {m} rows"})

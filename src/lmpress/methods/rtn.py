@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Quantized
+from lmpress.methods.checks import check_layer
 from lmpress.methods.result import Rewritten
 from lmpress.statistics import InputStatistics
 
@@ -81,6 +82,7 @@ def round_to_nearest(weight: Tensor, statistics: InputStatistics | None, options
     Raises:
         ValueError: if the groups do not divide the columns, or the weight is not finite.
     """
+    check_layer(weight, statistics)
     importance = None if statistics is None else statistics.second_moment
     scale, zero = fit_grid(
         weight,
@@ -97,10 +99,10 @@ def round_to_nearest(weight: Tensor, statistics: InputStatistics | None, options
     norm = float(weight.double().norm())
     error = float((weight.float() - form.dense()).double().norm())
     report = {
-        "bits": options.bits,
-        "granularity": options.granularity,
-        "symmetric": options.symmetric,
-        "scale_dtype": str(scale.dtype).removeprefix("torch."),
+        "bits": form.bits,
+        "granularity": form.granularity,
+        "symmetric": form.symmetric,
+        "scale_dtype": str(form.scale.dtype).removeprefix("torch."),
         "weight_error": error / norm if norm else 0.0,
     }
     return Rewritten(form, report)

@@ -22,13 +22,14 @@ the loss.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lmpress.forms import Form
-from lmpress.methods.gptq import asymmetric_target, check_shapes
+from lmpress.forms import Form, Sparse
+from lmpress.methods.checks import check_layer
+from lmpress.methods.gptq import asymmetric_target
 from lmpress.methods.hessian import InverseFactor, damped_inverse_factor, feed_back, relative_loss
 from lmpress.methods.patterns import (
     Grid,
@@ -71,7 +72,7 @@ class SparseGptOptions:
     sparsity: float = 0.5
     pattern: str = "unstructured"
     bits: int | None = None
-    case: str = "survivors"
+    case: Literal["survivors", "all"] = "survivors"
     granularity: str = "channel"
     symmetric: bool = True
     clip: bool = True
@@ -79,7 +80,7 @@ class SparseGptOptions:
     per_channel_damping: bool = False
     block: int = 128
     sweeps: int = 0
-    asymmetry: float = 0.5
+    asymmetry: float = 0.0
     scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -122,11 +123,13 @@ def sparsegpt(
         ValueError: no Hessian, shapes that do not fit, an m that does not divide the columns, a weight or a
             Hessian that is not finite.
     """
-    hessian = _hessian(weight, statistics)
+    check_layer(weight, statistics, cross=cross, row_weights=row_weights)
+    hessian = statistics.require_hessian().to(weight.device, torch.float32)
     factor = damped_inverse_factor(hessian, options.damping, per_channel=options.per_channel_damping)
-    target, grid = weight.float(), None
+    moved = grid = None
     if cross is not None:
-        target = asymmetric_target(target, hessian, cross.to(hessian), factor, options.asymmetry)
+        moved = asymmetric_target(weight.float(), hessian, cross.to(hessian), factor, options.asymmetry)
+    target = weight.float() if moved is None else moved
     if options.bits is not None:
         fitted = target
         if options.case == "survivors":
@@ -134,7 +137,8 @@ def sparsegpt(
             pruned.solve(factor.upper)
             fitted = pruned.columns.T
         grid = _fit(fitted, hessian, options)
-    return _solve(target, weight.dtype, hessian, factor, options, None, grid, row_weights)
+    solved = _solve(target, weight.dtype, hessian, factor, options, None, grid, row_weights)
+    return replace(solved, target=moved)
 
 
 def quantize_survivors(form: Form, statistics: InputStatistics, options: SparseGptOptions) -> Rewritten:
@@ -151,7 +155,8 @@ def quantize_survivors(form: Form, statistics: InputStatistics, options: SparseG
     if options.bits is None:
         raise ValueError("quantizing survivors needs a number of bits")
     weight, mask = survivors(form)
-    hessian = _hessian(weight, statistics)
+    check_layer(weight, statistics)
+    hessian = statistics.require_hessian().to(weight.device, torch.float32)
     factor = damped_inverse_factor(hessian, options.damping, per_channel=options.per_channel_damping)
     return _solve(weight, weight.dtype, hessian, factor, options, mask, _fit(weight, hessian, options))
 
@@ -160,7 +165,7 @@ def prune_then_quantize(weight: Tensor, statistics: InputStatistics, options: Sp
     """`sparsegpt` without bits and then `quantize_survivors`: what the one pass is to be compared with."""
     pruned = sparsegpt(weight, statistics, replace(options, bits=None)).form
     result = quantize_survivors(pruned, statistics, options)
-    hessian = _hessian(weight, statistics)
+    hessian = statistics.require_hessian().to(weight.device, torch.float32)
     error = relative_loss(weight, result.form.dense(), hessian)
     return Rewritten(result.form, result.report | {"output_error": error})
 
@@ -171,14 +176,6 @@ def solve_survivors(target: Tensor, hessian: Tensor, mask: Tensor, options: Spar
     factor = damped_inverse_factor(hessian, options.damping, per_channel=options.per_channel_damping)
     grid = None if options.bits is None else _fit(target * mask, hessian, options)
     return _solve(target.float(), target.dtype, hessian, factor, options, mask, grid)
-
-
-def _hessian(weight: Tensor, statistics: InputStatistics) -> Tensor:
-    hessian = statistics.require_hessian().to(weight.device, torch.float32)
-    check_shapes(weight, hessian)
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
-    return hessian
 
 
 def _fit(weight: Tensor, hessian: Tensor, options: SparseGptOptions) -> Grid:
@@ -213,7 +210,7 @@ def _solve(
     form = solver.form(dtype)
     report: dict[str, Any] = {
         **factor.report(),
-        "density": float(solver.keep.float().mean()),
+        "density": form.density if isinstance(form, Sparse) else float((form.dense() != 0).float().mean()),
         "output_error": relative_loss(target, form.dense(), hessian),
     }
     if grid is not None:

@@ -29,17 +29,17 @@ the best.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lmpress.forms import Dense, Form, LowRank, Sum
+from lmpress.forms import Dense, Form, LowRank, Sparse, Sum
 from lmpress.methods.alps import Admm, Metric, moved_target, refit
-from lmpress.methods.gptq import check_shapes
+from lmpress.methods.checks import check_layer
 from lmpress.methods.hessian import relative_loss
 from lmpress.methods.low_rank_correction import CorrectionOptions, quantized_factors
-from lmpress.methods.patterns import keep_largest, parse_pattern, sparse_form
+from lmpress.methods.patterns import keep_largest, parse_pattern, sparse_form, with_priority
 from lmpress.methods.result import Rewritten
 from lmpress.methods.sparsegpt import SparseGptOptions, solve_survivors
 from lmpress.methods.subspace import Subspace, balanced
@@ -47,6 +47,8 @@ from lmpress.methods.wanda import wanda_scores
 from lmpress.statistics import InputStatistics
 
 METRICS = ("hessian", "diagonal")
+MOST_PROTECTED = 0.5
+"""The share of the entries of S that protection may take: the others are S's to choose."""
 SPLITS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 """What the search tries for kappa, in this order, until the error has risen twice."""
 
@@ -64,7 +66,8 @@ class SslcOptions:
         iterations: rounds at most; with the Hessian about 90 are needed, with the diagonal the more the
             better.
         growth: of the ADMM penalty (see `alps.Admm`); slow, so that L keeps up with S.
-        protect: the share of the weights that always stay in S.
+        protect: the share of the weights that always stay in S; never more than half of what S keeps, so that
+            it can still follow L.
         damping: added to every H_jj, relative to itself; a tenth does best on text that was not seen.
         refit: conjugate-gradient steps on the support at the end.
         seed: of the first directions of L.
@@ -77,7 +80,7 @@ class SslcOptions:
     sparsity: float = 0.5
     kappa: float | None = 0.2
     pattern: str = "unstructured"
-    metric: str = "hessian"
+    metric: Literal["hessian", "diagonal"] = "hessian"
     iterations: int = 120
     growth: tuple[float, float, float] = (1.1, 1.05, 1.02)
     protect: float = 0.01
@@ -86,7 +89,7 @@ class SslcOptions:
     seed: int = 0
     survivors: SparseGptOptions | None = None
     factors: CorrectionOptions | None = None
-    asymmetry: float = 0.5
+    asymmetry: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1 or not 0 <= self.protect < 1:
@@ -121,39 +124,38 @@ def sslc(
 
     Returns:
         `Sum(Sparse, LowRank)` in the weight's dtype or quantized; only one of the two where the budget
-        leaves the other nothing. The report has `kappa`, `rank`, `density`, `parameters` (share kept),
-        `iterations`, `output_error` (relative squared error of the output over the calibration tokens,
-        where the Hessian is known) and `curve`: the least error so far in the damped metric, outputs by their
-        weights, from round to round. With a `cross`, errors are those against the moved target. With a
-        search, also `splits`: the error by kappa after its short runs.
+        leaves the other nothing. The report has `kappa`, `rank`, `density` and `parameters` (share kept) of
+        the form, the `damping` that it took, `iterations`, `output_error` (relative squared error of the
+        output over the calibration tokens, where the Hessian is known) and `curve`: the least error so far in
+        the damped metric, outputs by their weights, from round to round. With a `cross`, errors are those
+        against the moved target. With a search, also `splits`: the error by kappa after its short runs.
 
     Raises:
         ValueError: missing statistics, shapes that do not fit, an m that does not divide the columns.
     """
-    _check(weight, statistics, options)
-    target, splits = weight.float(), None
+    check_layer(weight, statistics, cross=cross, row_weights=row_weights)
+    moved = splits = None
     if cross is not None:
-        hessian = statistics.require_hessian().to(target)
-        target = moved_target(target, hessian, cross, options.damping, options.asymmetry)
+        hessian = statistics.require_hessian().to(weight.device, torch.float32)
+        moved = moved_target(weight.float(), hessian, cross, options.damping, options.asymmetry)
+    target = weight.float() if moved is None else moved
     if options.kappa is None:
         kappa, splits = best_split(target, statistics, options, row_weights)
         options = replace(options, kappa=kappa)
     problem = _Problem(target, statistics, options, row_weights)
     rounds = problem.by_admm() if options.metric == "hessian" else problem.by_alternation()
     form = problem.form(statistics, weight.dtype)
-    m, n = weight.shape
     report: dict[str, Any] = {
         "kappa": options.kappa,
-        "rank": problem.rank,
-        "density": problem.density,
-        "parameters": problem.density + problem.rank * (m + n) / (m * n),
+        **parameters(form),
+        "damping": max(problem.damping, options.damping + problem.subspace.damping),
         "metric": options.metric,
         "iterations": rounds,
         "curve": [float(f"{error:.4g}") for error in problem.curve],
     }
     if statistics.hessian is not None:
         report["output_error"] = relative_loss(target, form.dense(), statistics.hessian.to(weight.device))
-    return Rewritten(form, report if splits is None else report | {"splits": splits})
+    return Rewritten(form, report if splits is None else report | {"splits": splits}, moved)
 
 
 def split_budget(
@@ -171,6 +173,16 @@ def split_budget(
         density = group[0] / group[1]
         kept = density / (1 - kappa)
     return min(int(kappa * kept * m * n / (m + n) + 1e-9), m, n), density
+
+
+def parameters(form: Form) -> dict[str, Any]:
+    """What a form of sparse and low-rank terms keeps: `rank`, `density`, and the share of `parameters`."""
+    terms = form.terms if isinstance(form, Sum) else (form,)
+    m, n = form.shape
+    kept = sum(term.pattern.kept for term in terms if isinstance(term, Sparse))
+    rank = sum(term.rank for term in terms if isinstance(term, LowRank))
+    size = max(1, m * n)
+    return {"rank": rank, "density": kept / size, "parameters": (kept + rank * (m + n)) / size}
 
 
 def best_split(
@@ -196,15 +208,6 @@ def best_split(
     return best, {str(kappa): float(f"{error:.4g}") for kappa, error in errors.items()}
 
 
-def _check(weight: Tensor, statistics: InputStatistics, options: SslcOptions) -> None:
-    if statistics.features != weight.shape[1]:
-        raise ValueError(f"statistics of {statistics.features} inputs for a weight of {tuple(weight.shape)}")
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
-    if options.metric == "hessian" or options.survivors is not None or options.factors is not None:
-        check_shapes(weight, statistics.require_hessian())
-
-
 class _Problem:
     """One weight diag(r) W diag(s) = S + L: outputs by their weight, inputs so that the metric has a unit
     diagonal."""
@@ -222,19 +225,20 @@ class _Problem:
         self.group = parse_pattern(options.pattern)
         shape = (weight.shape[0], weight.shape[1])
         self.rank, self.density = split_budget(shape, options.sparsity, options.kappa, self.group)
-        hessian = statistics.hessian if options.metric == "hessian" else torch.diag(statistics.second_moment)
-        assert hessian is not None
+        full = options.metric == "hessian"
+        hessian = statistics.require_hessian() if full else torch.diag(statistics.second_moment)
         self.metric = Metric.of(hessian.to(weight.device, torch.float32), options.damping)
-        self.matrix = self.metric.matrix if options.metric == "hessian" else None
+        self.matrix = self.metric.matrix if full else None
         self.target = self._scaled(weight)
         self.image = self._times(self.target)
         self.total = float((self.image * self.target).sum())
         scores = wanda_scores(weight, statistics) * self.rows
-        share = min(options.protect, self.density)
+        share = min(options.protect, MOST_PROTECTED * self.density)
         self.protected = keep_largest(scores, share, None, per_row=False)
         self.subspace = Subspace(*shape, self.rank, options.seed, weight.device)
         self.curve: list[float] = []
-        self._keep(self.target * self.protected, torch.zeros_like(self.target), *self._low_rank(None, 4))
+        self.damping = options.damping
+        self.left, self.right = self._low_rank(None, 4)
 
     def _scaled(self, weight: Tensor) -> Tensor:
         return self.metric.scaled(weight) * self.rows
@@ -269,7 +273,7 @@ class _Problem:
         left, right = self.left, self.right
         for _ in range(self.options.iterations):
             residual = self.target - left @ right
-            scores = residual.abs().masked_fill(self.protected, torch.inf)
+            scores = with_priority(residual.abs(), self.protected)
             mask = keep_largest(scores, self.density, self.group, per_row=True)
             sparse = residual * mask
             left, right = self._low_rank(sparse, 2)
@@ -282,7 +286,8 @@ class _Problem:
         """The metric `hessian`: a step of ADMM, a step of L, and so on; returns the rounds."""
         options = self.options
         if not self.density:
-            self._keep(torch.zeros_like(self.target), self.mask, *self._low_rank(None, 8))
+            nothing = torch.zeros_like(self.target)
+            self._keep(nothing, nothing, *self._low_rank(None, 8))
             return 1
         admm = Admm(self.metric, self.density, self.group, options.growth, self.protected)
         left, right = self.left, self.right
@@ -293,6 +298,7 @@ class _Problem:
             if admm.steps % 10 == 0:
                 self._keep(admm.sparse, admm.support, left, right)
         self._keep(admm.sparse, admm.support, left, right)
+        self.damping = admm.damping
         for _ in range(2):
             sparse = self._refit(self.target - self.left @ self.right, self.sparse, options.refit // 2)
             self._keep(sparse, self.mask, *self._low_rank(sparse, 1))
@@ -314,7 +320,9 @@ class _Problem:
             target = self.weight if low_rank is None else self.weight - low_rank.dense()
             if options.survivors is not None:
                 hessian = statistics.require_hessian().to(target)
-                terms.append(solve_survivors(target, hessian, self.mask, options.survivors).form)
+                solved = solve_survivors(target, hessian, self.mask, options.survivors)
+                self.damping = max(self.damping, solved.report["damping"])
+                terms.append(solved.form)
             else:
                 values = self.sparse
                 if options.factors is not None:
@@ -328,7 +336,9 @@ class _Problem:
 
     def _low_rank_form(self, statistics: InputStatistics, dtype: torch.dtype) -> LowRank:
         if self.options.factors is not None:
-            residual = self._unscaled(self.target - self.sparse)
-            return quantized_factors(residual, statistics, self.rank, self.options.factors, self.row_weights)
+            residual, how = self._unscaled(self.target - self.sparse), self.options.factors
+            factors, used = quantized_factors(residual, statistics, self.rank, how, self.row_weights)
+            self.damping = max(self.damping, how.damping + used)
+            return factors
         left, right = balanced(self.left, self.metric.unscaled(self.right))
         return LowRank(Dense((left / self.rows).to(dtype)), Dense(right.to(dtype)))

@@ -13,11 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmpress.methods.damping import eigenvectors
+
 OVERSAMPLING = 8
 """Directions beyond the rank: they make the wanted ones converge faster."""
 
 
-def project_exactly(residual: Tensor, matrix: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+def project_exactly(residual: Tensor, matrix: Tensor | None, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best factors of `residual` E in the metric of `matrix` H, in float64.
 
     Args:
@@ -26,23 +28,24 @@ def project_exactly(residual: Tensor, matrix: Tensor | None, rank: int) -> tuple
         rank: r, at most min(m, n).
 
     Returns:
-        P (m, r) with orthonormal columns and P^T E (r, n), float64.
+        P (m, r) with orthonormal columns and P^T E (r, n), float64; and the damping that it took, 0 unless an
+        eigenvalue iteration had to be mended.
     """
     E = residual.double()
     m, n = E.shape
     image = E if matrix is None else E @ matrix.double()
     if m <= n:
-        outer = image @ E.T
-        basis = torch.linalg.eigh((outer + outer.T) / 2).eigenvectors.flip(1)[:, :rank]
-        return basis, basis.T @ E
+        _, vectors, used = eigenvectors(image @ E.T)
+        basis = vectors[:, :rank]
+        return basis, basis.T @ E, used
     # E H E^T P = P S has the eigenvalues of (E^T E) H; with H = M M^T, P spans E M V, V those of M^T E^T E M
-    half = E
+    half, first = E, 0.0
     if matrix is not None:
-        values, vectors = torch.linalg.eigh(matrix.double())
+        values, vectors, first = eigenvectors(matrix.double())
         half = E @ (vectors * values.clamp_min(0).sqrt())
-    vectors = torch.linalg.eigh(half.T @ half).eigenvectors.flip(1)[:, :rank]
-    basis = torch.linalg.qr(half @ vectors).Q
-    return basis, basis.T @ E
+    _, vectors, second = eigenvectors(half.T @ half)
+    basis = torch.linalg.qr(half @ vectors[:, :rank]).Q
+    return basis, basis.T @ E, max(first, second)
 
 
 class Subspace:
@@ -55,7 +58,7 @@ class Subspace:
     """
 
     def __init__(self, rows: int, columns: int, rank: int, seed: int, device: torch.device) -> None:
-        self.rank = rank
+        self.rank, self.damping = rank, 0.0  # the most that an eigenvalue iteration took
         width = min(rank + OVERSAMPLING, rows, columns)
         start = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
         self.basis = torch.linalg.qr(start.to(device)).Q  # (m, r + oversampling)
@@ -72,7 +75,8 @@ class Subspace:
             basis = torch.linalg.qr(residual @ (back if matrix is None else matrix @ back)).Q
         right = basis.T @ residual
         inner = right @ right.T if matrix is None else right @ matrix @ right.T
-        turn = torch.linalg.eigh((inner + inner.T) / 2).eigenvectors.flip(1)  # the most energetic first
+        _, turn, used = eigenvectors(inner)  # the most energetic first
+        self.damping = max(self.damping, used)
         self.basis = basis @ turn
         return self.basis[:, : self.rank], turn[:, : self.rank].T @ right
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Dense, LowRank
-from lmpress.methods.damping import damped, damped_cholesky
+from lmpress.methods.checks import check_layer
+from lmpress.methods.damping import damped, damped_cholesky, eigenvectors, singular_vectors
 from lmpress.methods.result import Rewritten
 from lmpress.statistics import InputStatistics
 
@@ -85,8 +86,7 @@ def svd(weight: Tensor, statistics: InputStatistics | None, options: SvdOptions)
     Raises:
         ValueError: if whitening is asked for without a Hessian, or the weight is not finite.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
+    check_layer(weight, statistics)
     W = weight.double()
     H = None if statistics is None or statistics.hessian is None else statistics.hessian.to(W)
     if options.whiten and H is None:
@@ -119,7 +119,7 @@ def relative_error(weight: Tensor, other: Tensor, hessian: Tensor | None) -> flo
 
 def closed_form_left(
     weight: Tensor, right: Tensor, statistics: InputStatistics, damping: float = 1e-2
-) -> Tensor:
+) -> tuple[Tensor, float]:
     """The best `left` for a given `right`: A = W H B^T (B H B^T)^-1, of min ||(W - A B) X|| (SVD-LLM, eq. 6).
 
     Args:
@@ -129,29 +129,28 @@ def closed_form_left(
         damping: per channel, as in `svd`; times ten while B H B^T cannot be factored.
 
     Returns:
-        A (m, r) in the weight's dtype.
+        A (m, r) in the weight's dtype, and what was added to B H B^T: a fraction of its diagonal.
     """
     W, B = weight.double(), right.to(weight.device, torch.float64)
     H = damped(statistics.require_hessian().to(weight.device), damping)
-    factor, _ = damped_cholesky(B @ H @ B.T, 0.0)
-    return torch.cholesky_solve(B @ H @ W.T, factor).T.to(weight.dtype).contiguous()
+    factor, used = damped_cholesky(B @ H @ B.T, 0.0)
+    return torch.cholesky_solve(B @ H @ W.T, factor).T.to(weight.dtype).contiguous(), used
 
 
 def _directions(W: Tensor, H: Tensor | None, damping: float) -> tuple[Tensor, float]:
     """Orthonormal output directions (m, min(m, n)), the most energetic first; and the damping used."""
     m, n = W.shape
     if H is None:
-        U = torch.linalg.svd(W, full_matrices=False).U
-        return _fix_signs(U), 0.0
+        U, _, _, used = singular_vectors(W)
+        return _fix_signs(U), used
     if m <= n:
-        G = W @ damped(H, damping) @ W.T
-        U = torch.linalg.eigh((G + G.T) / 2).eigenvectors.flip(1)
-        return _fix_signs(U), damping
-    L, used = damped_cholesky(H, damping)  # (n, n)
+        _, U, used = eigenvectors(W @ damped(H, damping) @ W.T)
+        return _fix_signs(U), damping + used
+    L, first = damped_cholesky(H, damping)  # (n, n)
     M = W @ L  # (m, n)
-    V = torch.linalg.eigh(M.T @ M).eigenvectors.flip(1)
+    _, V, second = eigenvectors(M.T @ M)
     # U S = M V; QR makes the columns orthonormal even where S is no more than rounding
-    return _fix_signs(torch.linalg.qr(M @ V).Q), used
+    return _fix_signs(torch.linalg.qr(M @ V).Q), first + second
 
 
 def _fix_signs(U: Tensor) -> Tensor:

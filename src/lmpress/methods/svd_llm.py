@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from lmpress.forms import Dense, LowRank
-from lmpress.methods.damping import damped, damped_cholesky
+from lmpress.methods.checks import check_layer
+from lmpress.methods.damping import damped, damped_cholesky, singular_values
 from lmpress.methods.result import Rewritten
 from lmpress.methods.subspace import balanced, project_exactly
 from lmpress.methods.svd import relative_error
@@ -46,7 +47,7 @@ class SvdLlmOptions:
     ratio: float = 0.8
     rank: int | None = None
     damping: float = 0.01
-    update: float = 1.0
+    update: float = 0.0
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
@@ -76,30 +77,29 @@ def svd_llm(
         `LowRank(Dense (m, r), Dense (r, n))` in the weight's dtype. The report has `rank`, `relative_error`
         (against the output of W on the same inputs) and, with an update, `updated`.
     """
+    check_layer(weight, statistics, cross=cross, row_weights=row_weights)
     m, n = weight.shape
-    if statistics.features != n:
-        raise ValueError(f"statistics of {statistics.features} inputs for a weight of {(m, n)}")
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
     rank = options.rank or int(options.ratio * m * n / (m + n)) // options.multiple_of * options.multiple_of
     rank = min(max(rank, 1), m, n)
     H = damped(statistics.require_hessian().to(weight.device), options.damping)
     W = weight.double()
     importance = torch.ones(m, 1).to(W) if row_weights is None else row_weights.to(W)[:, None]
-    left, right = balanced(*project_exactly(W * importance, H, rank))
+    left, right, used = project_exactly(W * importance, H, rank)
+    left, right = balanced(left, right)
     left = left / importance
-    report: dict[str, Any] = {"rank": rank, "damping": options.damping}
+    report: dict[str, Any] = {"rank": rank, "damping": options.damping + used}
+    moved: Tensor | None = None
     if cross is not None:
-        if cross.shape != (n, n):
-            raise ValueError(f"a cross matrix of {tuple(cross.shape)} for a weight of {(m, n)}")
         right = right.to(weight.dtype).double()
         moment = W @ (H + options.update * cross.to(H))  # E[y x^T], (m, n)
-        factor, _ = damped_cholesky(right @ H @ right.T, 0.0)
+        factor, solved = damped_cholesky(right @ H @ right.T, 0.0)
         left = torch.cholesky_solve(right @ moment.T, factor).T
-        report["updated"] = options.update
+        factor, aimed = damped_cholesky(H, 0.0)
+        moved = torch.cholesky_solve(moment.T, factor).T.float()
+        report |= {"updated": options.update, "damping": options.damping + max(used, solved, aimed)}
     left, right = left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous()
     report["relative_error"] = relative_error(W, left.double() @ right.double(), statistics.hessian)
-    return Rewritten(LowRank(Dense(left), Dense(right)), report)
+    return Rewritten(LowRank(Dense(left), Dense(right)), report, moved)
 
 
 def row_weights(sensitivity: Tensor) -> Tensor:
@@ -124,8 +124,7 @@ def spectrum(weight: Tensor, hessian: Tensor | None, damping: float = 0.01) -> T
     W = weight.double()
     if hessian is not None:
         W = W @ damped_cholesky(hessian.to(W.device), damping)[0]
-    values: Tensor = torch.linalg.svdvals(W)
-    return values.square()
+    return singular_values(W).square()
 
 
 def factor_cost(shape: tuple[int, int], rank: int, pivoted: bool = False) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmpress.methods.checks import check_layer
 from lmpress.methods.hessian import relative_loss
 from lmpress.methods.patterns import density_of, keep_largest, parse_pattern, sparse_form
 from lmpress.methods.result import Rewritten
@@ -55,8 +56,10 @@ def wanda(weight: Tensor, statistics: InputStatistics | None, options: WandaOpti
         relative squared error of the output, where a Hessian is there.
 
     Raises:
-        ValueError: no statistics for Wanda's score, or an m that does not divide the columns.
+        ValueError: no statistics for Wanda's score, statistics that do not fit or are not finite, or an m
+            that does not divide the columns.
     """
+    check_layer(weight, statistics)
     group = parse_pattern(options.pattern)
     density = density_of(options.pattern, options.sparsity)
     scores = weight.float().abs()
@@ -72,9 +75,7 @@ def wanda(weight: Tensor, statistics: InputStatistics | None, options: WandaOpti
 
 
 def wanda_scores(weight: Tensor, statistics: InputStatistics | None) -> Tensor:
-    """`|W_ij| * sqrt(E[x_j^2])`, (out, in) float32. ValueError without statistics that fit."""
+    """`|W_ij| * sqrt(E[x_j^2])`, (out, in) float32. ValueError without statistics."""
     if statistics is None:
         raise ValueError("Wanda needs the second moments of the input")
-    if statistics.features != weight.shape[1]:
-        raise ValueError(f"statistics of {statistics.features} inputs for a weight of {tuple(weight.shape)}")
     return weight.float().abs() * statistics.second_moment.to(weight.device, torch.float32).sqrt()

@@ -5,8 +5,10 @@ Each is told once, kept in the journal and in the work directory, and read from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,22 +17,26 @@ from torch import Tensor, nn
 
 from lmpress.checkpoint import sha256_file, write_tensors
 from lmpress.errors import LmpressError
-from lmpress.pipeline.allocation import Allocation, survey_budgets, survey_key
-from lmpress.pipeline.calibration import (
-    CALIBRATION,
-    CalibrationText,
-    borrowed_text,
-    calibration_text,
-    small_ids,
-)
-from lmpress.pipeline.journal import Journal
-from lmpress.pipeline.plan import Plan
-from lmpress.pipeline.rewriting import rewrite_early
+from lmpress.methods.damping import LinAlgError
+from lmpress.pipeline.block import rewrite_early
+from lmpress.pipeline.journal import Journal, file_entry
 from lmpress.pipeline.setting import Setting
-from lmpress.pipeline.survey import needs_survey, survey_samples, survey_widths, uniform_widths
-from lmpress.pipeline.surveys import Survey, key_of, shared_survey
-from lmpress.pipeline.weighting import position_weights, weighting_samples
+from lmpress.plan import Plan
 from lmpress.progress import note
+from lmpress.stream.text import CALIBRATION, CalibrationText, borrowed_text, calibration_text, small_ids
+from lmpress.survey import (
+    Allocation,
+    Budget,
+    Survey,
+    budgets_of,
+    key_of,
+    look_backwards,
+    look_forwards,
+    position_weights,
+    shared_survey,
+    survey_samples,
+    weighting_samples,
+)
 
 SENSITIVITY = "sensitivity.safetensors"
 """In the work directory: what the survey of the gradients told."""
@@ -61,7 +67,7 @@ class Beforehand:
             text = calibration_text(options.calibration, source, *size, options.device)
         self._warn_of_few(text.windows.numel())
         write_tensors(path, {"input_ids": small_ids(text.windows)})
-        self.journal.append({"calibration": text.record})
+        self.journal.append({"calibration": text.record} | file_entry(path))
         return text
 
     def weights(self, text: CalibrationText | None) -> dict[str, Tensor]:
@@ -79,49 +85,59 @@ class Beforehand:
         key = key_of(*self._decided(text), survey="weighting")
         return self._asked("weighting", WEIGHTS, key, told)[1]
 
-    def allocation(self, text: CalibrationText | None, weights: Mapping[str, Tensor]) -> Allocation | None:
-        """How the modules share their budgets; None where nothing is shared, and no token weighed."""
+    def allocation(self, text: CalibrationText | None, weights: Mapping[str, Tensor]) -> Allocation:
+        """How modules share the budgets that ask for gradients, and what errors in tables cost."""
         setting, plan = self.setting, self.setting.plan
-        if not plan.budgets and not plan.weighs_tokens:
-            return None
-
-        assert text is not None
+        budgets = {index: budget for index, budget in budgets_of(plan).items() if budget.gradients}
+        if text is None or not (budgets or plan.weighs_tokens):
+            return Allocation()
         part = self._part(text, survey_samples(text.windows.shape[0]))
 
         def told() -> Survey:
-            outer = setting.dense_outer()
+            outer, seed, tables = setting.dense_outer(), plan.recipe.seed, plan.weighs_tokens
             stream = setting.stream(part, outer, weights)
-            try:
-                return survey_budgets(plan, stream, outer, setting.dense_block, setting.work)
-            except ValueError as error:
-                raise LmpressError(f"the survey of the blocks: {error}") from error
+            with _failing():
+                return look_backwards(budgets, stream, outer, setting.dense_block, setting.work, seed, tables)
 
-        key = survey_key(*self._decided(text))
-        return Allocation.from_entry(*self._asked("allocation", SENSITIVITY, key, told), plan)
+        facts, sensitivity = self._asked("allocation", SENSITIVITY, self._survey_key(budgets, text), told)
+        return Allocation.begun(budgets, facts["budgets"], sensitivity, int(facts.get("tokens", 0)))
+
+    def _survey_key(self, budgets: Mapping[int, Budget], text: CalibrationText) -> str | None:
+        """The key of a survey that recipes can share; None where it tells more than they have in common."""
+        plan = self.setting.plan
+        looks = {index: [budget.decides, list(budget.pool.shapes)] for index, budget in budgets.items()}
+        if any(decides is None for decides, _ in looks.values()):
+            return None
+        dtype = str(plan.dtype)
+        return key_of(*self._decided(text), budgets=looks, tables=plan.weighs_tokens, dtype=dtype)
 
     def widths(
-        self, text: CalibrationText | None, outer: Any, weights: Mapping[str, Tensor]
-    ) -> list[int] | None:
-        """How many neurons each block keeps; None where none are pruned.
+        self,
+        allocation: Allocation,
+        text: CalibrationText | None,
+        outer: Any,
+        weights: Mapping[str, Tensor],
+    ) -> Allocation:
+        """`allocation`, and the budgets of steps over sites that take no gradients.
 
         Args:
             outer: gives the model behind whose embeddings the text begins.
         """
         setting, plan = self.setting, self.setting.plan
-        if not needs_survey(plan):
-            return uniform_widths(plan, setting.source)
-        entry = self.journal.find("survey")
-        if entry is None:
-            assert text is not None
-            part = self._part(text, survey_samples(text.windows.shape[0]))
-            stream = setting.stream(part, outer(), weights)
-            try:
-                survey = survey_widths(plan, setting.source, stream, self._unpruned)
-            except ValueError as error:
-                raise LmpressError(f"the survey of the blocks: {error}") from error
-            entry = {"survey": survey}
-            self.journal.append(entry)
-        return list(entry["survey"]["widths"])
+        for index, budget in budgets_of(plan).items():
+            if budget.gradients:
+                continue
+            entry = self.journal.find("survey")
+            if entry is None:
+                assert text is not None
+                part = self._part(text, survey_samples(text.windows.shape[0]))
+                stream = setting.stream(part, outer(), weights)
+                with _failing():
+                    given = look_forwards(budget, plan.layout, stream, partial(self._unpruned, index))
+                entry = {"survey": given}
+                self.journal.append(entry)
+            allocation = allocation.with_budget(index, budget, entry["survey"])
+        return allocation
 
     def _asked(self, name: str, file: str, key: str | None, make: Callable[[], Survey]) -> Survey:
         """A survey with tensors: from the journal and the work directory, or shared, or made now."""
@@ -141,10 +157,11 @@ class Beforehand:
     def _part(self, text: CalibrationText, samples: int) -> CalibrationText:
         return CalibrationText(text.windows[:samples], text.record)
 
-    def _unpruned(self, index: int) -> nn.Module:
-        """A block as the pruning will find it, as far as that can be told without text."""
-        block, layout, plan = self.setting.dense_block(index), self.setting.source.layout, self.setting.plan
-        rewrite_early(block, layout.block_name(index), layout, plan, plan.neurons or 0)
+    def _unpruned(self, before: int, index: int) -> nn.Module:
+        """A block as step `before` will find it, as far as that can be told without text."""
+        setting, plan = self.setting, self.setting.plan
+        block = setting.dense_block(index)
+        rewrite_early(block, index, plan, before)
         return block
 
     def _warn_of_few(self, tokens: int) -> None:
@@ -162,3 +179,12 @@ class Beforehand:
                 "tokens than inputs they are singular, and unseen text will fare worse; raise samples or "
                 "seq_len"
             )
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """Say that it was the survey that failed."""
+    try:
+        yield
+    except (ValueError, LinAlgError) as error:
+        raise LmpressError(f"the survey of the blocks: {error}") from error

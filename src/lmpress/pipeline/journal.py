@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from lmpress.checkpoint import sha256_file, sync_directory
+from lmpress.errors import naming
+from lmpress.pipeline.journal_line import sealed, unsealed
 
 WORK = ".lmpress-work"
 """The directory inside the output that holds what is not finished."""
@@ -15,6 +16,11 @@ WORK = ".lmpress-work"
 
 STAGING = "checkpoint"
 """Below the work directory: what will be published, and nothing else."""
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What an entry says of a file in the staging directory, by which it is known again."""
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 class Journal:
@@ -29,52 +35,54 @@ class Journal:
         self.staging = directory / STAGING
         self.path = directory / "journal.jsonl"
         self.entries: list[dict[str, Any]] = []
+        self._seal = 0  # of the last line
 
     def start(self, fingerprint: str) -> None:
         """Begin a new journal; an old one is gone."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self.path.unlink()
-        self.entries = []
+        self.entries, self._seal = [], 0
         self.append({"fingerprint": fingerprint})
 
     def append(self, entry: dict[str, Any]) -> None:
         """Record that something is finished; what it speaks of has to be on the disk by now."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        line, seal = sealed(entry, self._seal)
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
         sync_directory(self.directory)
+        self._seal = seal
         self.entries.append(entry)
 
     def open(self) -> str | None:
         """Read what is there; the fingerprint of the run, or None where there is no usable journal.
 
-        A last line that was torn by a crash is cut off. Entries from the first shard on that is missing
-        or damaged do not count, and are cut off too; unless publishing has begun, which moves shards away.
+        A last line that was torn by a crash is cut off, and so is all from a damaged line on. Entries from
+        the first shard on that is missing or damaged do not count, and are cut off too; unless publishing has
+        begun, which moves shards away.
         """
         if not self.path.is_file():
             return None
         good: list[dict[str, Any]] = []
-        lengths: list[int] = []
+        lengths, seals = [0], [0]
         for line in self.path.read_bytes().splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except ValueError:
+            read = unsealed(line, seals[-1])
+            if read is None:
                 break
-            if not line.endswith(b"\n") or not isinstance(entry, dict):
-                break
-            good.append(entry)
+            good.append(read[0])
+            seals.append(read[1])
             lengths.append(len(line))
         if not any("publishing" in entry for entry in good):
             whole = next((i for i, entry in enumerate(good) if not self._holds(entry)), len(good))
-            del good[whole:], lengths[whole:]
+            del good[whole:], lengths[whole + 1 :], seals[whole + 1 :]
         if not good or "fingerprint" not in good[0]:
             return None
         with open(self.path, "r+b") as file:
             file.truncate(sum(lengths))
             os.fsync(file.fileno())
-        self.entries = good
+        self.entries, self._seal = good, seals[-1]
         return str(good[0]["fingerprint"])
 
     def find(self, key: str) -> dict[str, Any] | None:

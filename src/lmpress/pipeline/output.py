@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lmpress.checkpoint import MANIFEST, read_json
 from lmpress.errors import RequestError
 from lmpress.pipeline.assemble import discard, publish, remove_stale, written_files
+from lmpress.pipeline.claim import claimed, unfinished
 from lmpress.pipeline.journal import WORK, Journal
-from lmpress.pipeline.source import ModelSource
+from lmpress.source import ModelSource
+
+
+def check_place(output: Path, source: ModelSource) -> None:
+    """RequestError where no checkpoint can be: a file, a link to nowhere, the model's own directory."""
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"{output} is a file; name a directory")
+    if output.is_symlink() and not output.exists():
+        raise RequestError(
+            f"{output} is a link to {os.readlink(output)}, which does not exist: make it, or "
+            "name another directory"
+        )
+    place = output.resolve()
+    if any(place in (path.resolve().parent, path.parent.resolve()) for path in source.files):
+        raise RequestError(f"{output} holds the model that is to be compressed; name another directory")
 
 
 def check_output(output: Path, source: ModelSource, again: bool) -> None:
     """RequestError where writing to `output` would harm what is there; `again` lets a checkpoint be."""
-    if output.exists() and not output.is_dir():
-        raise RequestError(f"{output} is a file; name a directory")
-    place = output.resolve()
-    if any(place in (path.resolve().parent, path.parent.resolve()) for path in source.files):
-        raise RequestError(f"{output} holds the model that is to be compressed; name another directory")
+    check_place(output, source)
     if again:
         return
-    if (output / WORK).exists():
+    if unfinished(output):
         raise RequestError(
             f"{output} holds an unfinished run: go on with --resume, or start anew with --force"
         )
     check_empty(output)
+
+
+@contextmanager
+def at_work(output: Path, source: ModelSource, again: bool) -> Iterator[None]:
+    """The right to write to `output`, as far as looking at it tells; while it is held, no other run has it.
+
+    Args:
+        again: whether what is there may be an earlier checkpoint.
+
+    Raises:
+        RequestError: nothing is to be written there, or another run is at work.
+    """
+    check_place(output, source)
+    if not again:
+        check_empty(output)  # before anything is made there
+    with claimed(output):
+        yield
 
 
 def check_empty(output: Path) -> None:

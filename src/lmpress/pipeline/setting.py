@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmpress.pipeline.blocks import dense_block, dense_outer
-from lmpress.pipeline.calibration import CalibrationText, products_in
-from lmpress.pipeline.plan import Plan
-from lmpress.pipeline.source import ModelSource
-from lmpress.pipeline.stream import BlockStream
+from lmpress.plan import Plan
+from lmpress.source import ModelSource, dense_block, dense_outer
+from lmpress.stream import BlockStream
+from lmpress.stream.text import CalibrationText, products_in
 
 BATCH = 4096
 """Tokens that run together, about."""

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from reprlib import repr as short
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
 
 from lmpress.errors import RequestError
-from lmpress.recipes.order import conflict
-from lmpress.recipes.steps import (
-    GROUPS,
-    STEPS,
-    Correct,
-    Pivot,
-    PruneNeurons,
-    Recover,
-    Step,
-    Strict,
-    options_of,
-)
+from lmpress.recipes.plain_yaml import plain_yaml
+from lmpress.recipes.steps import GROUPS, STEPS, Recover, SiteStep, Step, Strict, options_of
 
 T = TypeVar("T", bound=Strict)
 
-NEEDS_ANOTHER = (Pivot, Correct)
-"""Steps that work on what an earlier one left."""
+LARGEST = 1 << 18
+"""Bytes of a recipe."""
 
 
 class Calibration(Strict):
@@ -66,6 +56,16 @@ class Recipe(Strict):
     seed: int = 42
     steps: tuple[Step, ...] = ()
 
+    @property
+    def recovery(self) -> Recover | None:
+        """The step that trains; None where there is none."""
+        return next((step for step in self.steps if isinstance(step, Recover)), None)
+
+    @property
+    def site_steps(self) -> tuple[tuple[int, SiteStep], ...]:
+        """The steps over whole sites, with their places in the recipe."""
+        return tuple((i, step) for i, step in enumerate(self.steps) if isinstance(step, SiteStep))
+
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain JSON with every default written out; `parse_recipe` reads it back."""
         plain = self.model_dump(mode="json", exclude={"steps"})
@@ -89,10 +89,11 @@ def load_recipe(name_or_path: str | Path | Recipe | Mapping[str, Any]) -> Recipe
     path = Path(name_or_path)
     if path.is_file():
         try:
-            return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            where = " ".join(str(error).split())
-            raise RequestError(f"{path} is no YAML file: {where}") from None
+            if path.stat().st_size > LARGEST:
+                raise RequestError(f"{path} is no recipe: it has {path.stat().st_size} bytes")
+            return parse_recipe(plain_yaml(path.read_text(encoding="utf-8")), str(path))
+        except ValueError as error:
+            raise RequestError(f"{path} is no YAML file that a recipe can be: {error}") from None
         except OSError as error:
             raise RequestError(f"cannot read the recipe {path}: {error.strerror}") from None
     name = str(name_or_path)
@@ -101,7 +102,7 @@ def load_recipe(name_or_path: str | Path | Recipe | Mapping[str, Any]) -> Recipe
             f"no recipe is called {name!r}, and no such file exists{_suggest(name, shipped_recipes())}; "
             f"shipped: {', '.join(shipped_recipes())}"
         )
-    return parse_recipe(yaml.safe_load(shipped_text(name)), name)
+    return parse_recipe(plain_yaml(shipped_text(name)), name)
 
 
 def shipped_recipes() -> list[str]:
@@ -141,7 +142,7 @@ def _parse_step(entry: Any, where: str) -> Step:
     kind, options = next(iter(entry.items()))
     if kind not in STEPS:
         raise RequestError(
-            f"{where}: no step is called {kind!r}{_suggest(str(kind), STEPS)}; steps: {', '.join(STEPS)}"
+            f"{where}: no step is called {short(kind)}{_suggest(str(kind), STEPS)}; steps: {', '.join(STEPS)}"
         )
     if options is None:
         options = {}
@@ -159,7 +160,7 @@ def _validated(model: type[T], data: Mapping[str, Any], where: str) -> T:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        given = "" if not place else f" (given: {json.dumps(first['input'], default=str)[:60]})"
+        given = "" if not place else f" (given: {short(first['input'])})"
         raise RequestError(f"{where}{': ' + place if place else ''}: {message}{given}") from None
 
 
@@ -168,7 +169,7 @@ def _check_keys(data: Mapping[str, Any], model: type[Strict], where: str) -> Non
     for key in data:
         if key not in known:
             raise RequestError(
-                f"{where}: unknown key {key!r}{_suggest(str(key), known)}; known: {', '.join(known)}"
+                f"{where}: unknown key {short(key)}{_suggest(str(key), known)}; known: {', '.join(known)}"
             )
 
 
@@ -182,23 +183,15 @@ def _check_order(recipe: Recipe, where: str) -> None:
     for i, step in enumerate(recipe.steps):
         place = f"{where}: step {i + 1} ({step.kind})"
         earlier = recipe.steps[:i]
-        if any(isinstance(s, Recover) for s in earlier):
+        if any(s.trains for s in earlier):
             raise RequestError(f"{place}: recover comes last, after every step that compresses")
-        if isinstance(step, PruneNeurons) and any(isinstance(s, PruneNeurons) for s in earlier):
-            raise RequestError(f"{place}: neurons are pruned once in a recipe")
+        if step.once and any(s.kind == step.kind for s in earlier):
+            raise RequestError(f"{place}: {step.once}")
         if step.targets == "embeddings" and step.blocks_only:
             raise RequestError(f"{place}: {step.kind} works on the linears of the blocks, not on embeddings")
-        fault = conflict(step, [s for s in earlier if _overlap(step, s)])
-        if fault is not None and not (isinstance(step, NEEDS_ANOTHER) and _by_glob(step, earlier)):
+        fault = step.conflict([s for s in earlier if step.overlaps(s)])
+        if fault is not None and not (step.needs_another and _by_glob(step, earlier)):
             raise RequestError(f"{place}: {fault}")
-
-
-def _overlap(a: Step, b: Step) -> bool:
-    """Whether two steps surely touch a module together."""
-    if isinstance(a, PruneNeurons) and "mlp" in b.targets:
-        return True
-    pair = {a.targets, b.targets}
-    return len(pair) == 1 or ("linears" in pair and bool(pair & {"attention", "mlp"}))
 
 
 def _by_glob(step: Step, earlier: Sequence[Step]) -> bool:

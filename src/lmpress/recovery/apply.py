@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lmpress.checkpoint import plan_of, read_json, stored_names, write_tensors
-from lmpress.corpora import calibration_windows, fingerprint, load_corpus, split_specs
+from lmpress.corpora import check_context, check_ids, draw_windows, fingerprint
 from lmpress.errors import RequestError
-from lmpress.forms import Dense, Form
+from lmpress.forms import Dense, Form, in_storage
 from lmpress.forms.linear import FormHolder
-from lmpress.pipeline import CALIBRATION, ModelSource, assemble, sizes, small_ids
-from lmpress.recipes import Recover, in_storage
+from lmpress.pipeline import assemble, sizes
+from lmpress.recipes import Recover
 from lmpress.recovery.lora import train_lora
 from lmpress.recovery.merge import as_term, merged
+from lmpress.source import ModelSource
+from lmpress.stream.text import CALIBRATION, read_corpora, small_ids, vocabulary_of
 
 
 def recover_checkpoint(
@@ -47,7 +49,7 @@ def recover_checkpoint(
     Returns:
         The manifest of the recovered checkpoint.
     """
-    windows, record = recovery_windows(source, staged, step, calibration, seed)
+    windows, record = recovery_windows(source, staged, step, calibration, seed, tell=True)
     model = AutoModelForCausalLM.from_pretrained(staged, dtype=torch.float32).to(device)
     recovered = train_lora(model, modules, windows, step, seed)
     forms = _staged_forms(staged)
@@ -79,19 +81,20 @@ def check_recovery_text(source: ModelSource, step: Recover, calibration: str) ->
     Raises:
         RequestError: windows beyond the model's context; text that gives fewer than two of them.
     """
-    context = getattr(source.config, "max_position_embeddings", None)
-    if context is not None and step.seq_len > context:
-        raise RequestError(
-            f"recover has windows of {step.seq_len} tokens, the model's context is {context}: lower seq_len"
-        )
+    check_context(source.config, step.seq_len, "windows of recover", "lower its `seq_len`")
     if calibration != "self":
         recovery_windows(source, Path(), step, calibration, 0)
 
 
 def recovery_windows(
-    source: ModelSource, staged: Path, step: Recover, calibration: str, seed: int
+    source: ModelSource, staged: Path, step: Recover, calibration: str, seed: int, *, tell: bool = False
 ) -> tuple[Tensor, dict[str, Any]]:
     """Windows to train on (samples, seq_len): as many as the steps need, or as the text has.
+
+    Of several texts every prefix is a fair mix, so what is held out has all of them.
+
+    Args:
+        tell: on standard error, what was taken of rows.
 
     Raises:
         RequestError: the text gives fewer than two windows.
@@ -106,21 +109,13 @@ def recovery_windows(
             "sha256": fingerprint(windows),
         }
     else:
-        tokenizer = source.tokenizer()
-        parts = [load_corpus(part) for part in split_specs(calibration)]
-        drawn = []
-        for i, corpus in enumerate(parts):
-            ids = sum(len(tokenizer(document)["input_ids"]) + 1 for document in corpus.documents)
-            count = min(-(-wanted // len(parts)), ids // step.seq_len)
-            if count:
-                drawn.append(calibration_windows(corpus, tokenizer, count, step.seq_len, seed + 101 + i))
-        windows = torch.cat(drawn) if drawn else torch.empty(0, step.seq_len, dtype=torch.int64)
-        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
-        record = {
-            "name": ", ".join(corpus.name for corpus in parts) + " (recovery)",
-            "split": ", ".join(corpus.split for corpus in parts),
-            "sha256": ", ".join(corpus.sha256 for corpus in parts),
-        }
+        corpora = read_corpora(calibration, tell=tell)
+        wanted = max(wanted, len(corpora))
+        windows, record = draw_windows(
+            corpora, source.tokenizer(), wanted, step.seq_len, seed + 101, fewer=True
+        )
+        check_ids(windows, vocabulary_of(source), record["name"])
+        record["name"] += " (recovery)"
     if windows.shape[0] < 2:
         raise RequestError(f"recover needs at least two windows of {step.seq_len} tokens: give it more text")
     return windows, record | {"tokens": windows.numel(), "ids_sha256": fingerprint(windows)}

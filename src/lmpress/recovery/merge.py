@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,16 +23,14 @@ def merged(form: Form, left: Tensor, right: Tensor) -> Form:
         left: (out, r).
         right: (r, in).
     """
-    update = left.float() @ right.float()
-    if isinstance(form, Dense):
-        return Dense((form.dense() + update).to(form.weight.dtype))
-    if isinstance(form, Quantized):
-        return requantized(form.dense() + update, form)
-    if isinstance(form, LowRank):
-        return _refactored(form, form.dense() + update)
-    if isinstance(form, Sum):
-        return Sum((merged(form.terms[0], left, right), *form.terms[1:]))
-    raise ValueError(f"an update cannot be merged into {form.formula}; keep it as a term")
+    return form.merged(left.float() @ right.float(), refit)
+
+
+def refit(leaf: Form, weight: Tensor) -> Form:
+    """A leaf for another matrix. ValueError where its kind holds no other one."""
+    if type(leaf) not in REFIT:
+        raise ValueError(f"an update cannot be merged into {leaf.formula}; keep it as a term")
+    return REFIT[type(leaf)](weight, leaf)
 
 
 def as_term(form: Form, left: Tensor, right: Tensor, dtype: torch.dtype) -> Form:
@@ -45,17 +46,9 @@ def requantized(weight: Tensor, like: Quantized) -> Form:
     return round_to_nearest(weight, None, options).form
 
 
-def _refactored(form: LowRank, target: Tensor) -> Form:
-    """The best product of the same rank, with leaves as the old ones are."""
-    u, s, vt = torch.linalg.svd(target.double(), full_matrices=False)
-    root = s[: form.rank].sqrt()
-    left, right = (u[:, : form.rank] * root).float(), (root[:, None] * vt[: form.rank]).float()
-    return LowRank(_like(left, form.left), _like(right, form.right))
+def _cast(weight: Tensor, like: Dense) -> Form:
+    return Dense(weight.to(like.weight.dtype))
 
 
-def _like(weight: Tensor, leaf: Form) -> Form:
-    if isinstance(leaf, Quantized):
-        return requantized(weight, leaf)
-    if isinstance(leaf, Dense):
-        return Dense(weight.to(leaf.weight.dtype))
-    raise ValueError(f"an update cannot be merged into a factor {leaf.formula}; keep it as a term")
+REFIT: dict[type[Form], Callable[[Tensor, Any], Form]] = {Dense: _cast, Quantized: requantized}
+"""How a leaf of each kind takes another matrix."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 
 from lmpress.errors import RequestError
@@ -16,7 +17,7 @@ def comparison_plot(evaluations: Mapping[str, Evaluation], kind: str) -> bytes:
     """A point a model: real bytes on disk against the perplexity on the first text.
 
     Args:
-        evaluations: by name; one without bytes on disk is left out.
+        evaluations: by name; one without bytes on disk is left out, and one whose perplexity is not finite.
         kind: `svg` or `png`.
 
     Raises:
@@ -31,9 +32,10 @@ def comparison_plot(evaluations: Mapping[str, Evaluation], kind: str) -> bytes:
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.subplots()
         for name, evaluation in evaluations.items():
-            if evaluation.bytes_on_disk is None:
+            perplexity = evaluation.texts[0].score.perplexity
+            if evaluation.bytes_on_disk is None or not math.isfinite(perplexity):
                 continue
-            size, perplexity = evaluation.bytes_on_disk / 1e6, evaluation.texts[0].score.perplexity
+            size = evaluation.bytes_on_disk / 1e6
             marker = "s" if evaluation.reference is None else "o"
             axes.plot([size], [perplexity], marker)
             axes.annotate(name, (size, perplexity), textcoords="offset points", xytext=(5, 5))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,10 +13,13 @@ from lmpress.forms import Dense, Form, NofM, Sparse
 from lmpress.methods.entropy_quantization import EntropyOptions, entropy_quantize
 from lmpress.methods.entropy_table import entropy_round
 from lmpress.methods.gptq import GptqOptions, gptq
+from lmpress.methods.granularity import hybrid_granularities
+from lmpress.methods.patterns import check_grid_fits
 from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import RoundOptions, parse_granularity, round_to_nearest
 from lmpress.methods.sparsegpt import SparseGptOptions, quantize_survivors
-from lmpress.recipes.steps.base import LeafContext, LeafStep, Ratio, group_of
+from lmpress.recipes.outline import Outline
+from lmpress.recipes.steps.base import LeafContext, LeafStep, Ratio, Step, group_of
 from lmpress.statistics import InputStatistics
 
 HYBRIDS = ("percentile", "name", "meanstd")
@@ -28,7 +33,20 @@ SURVIVORS_NEED_GPTQ = (
 )
 
 
-class Quantize(LeafStep):
+class _Codes(LeafStep):
+    """What both steps have in common: all that they leave is codes."""
+
+    leaves_codes: ClassVar[bool] = True
+    takes_floats: ClassVar[bool] = True
+    bits: int | float
+
+    def _coded(self, outline: Outline) -> Outline:
+        """`bits` is what all together takes a weight; who gets more is not known yet."""
+        leaves = tuple(replace(leaf, bits=self.bits, coded=True) for leaf in outline.leaves)
+        return replace(outline, leaves=leaves, exact=False)
+
+
+class Quantize(_Codes):
     """Linear quantization to 2 to 8 bits; SPQ's five granularities at 8 (arXiv 2602.18420).
 
     Attributes:
@@ -54,14 +72,14 @@ class Quantize(LeafStep):
     kind: ClassVar[str] = "quantize"
     bits: Annotated[int | float, Field(ge=2, le=9)] = 8
     allocation: Literal["uniform", "mixed"] = "uniform"
-    granularity: str = "channel"
-    symmetric: bool = True
+    granularity: str = GptqOptions.granularity
+    symmetric: bool = GptqOptions.symmetric
     solver: Literal["round", "gptq"] = "round"
-    clip: bool = False
-    damping: Annotated[float, Field(ge=0, le=1)] = 0.03
-    order: Literal["group-aware", "activation", "none"] = "group-aware"
-    sweeps: Annotated[int, Field(ge=0, le=100)] = 0
-    asymmetry: Annotated[float, Field(ge=0, le=1)] = 0.0
+    clip: bool = GptqOptions.clip
+    damping: Annotated[float, Field(ge=0, le=1)] = GptqOptions.damping
+    order: Literal["group-aware", "activation", "none"] = GptqOptions.order
+    sweeps: Annotated[int, Field(ge=0, le=100)] = GptqOptions.sweeps
+    asymmetry: Annotated[float, Field(ge=0, le=1)] = GptqOptions.asymmetry
     percentile: Annotated[float, Field(ge=0, le=100)] = 50.0
     std_factor: float = 0.5
 
@@ -92,8 +110,8 @@ class Quantize(LeafStep):
         return int(self.bits)
 
     @property
-    def shares_budget(self) -> bool:
-        return self.allocation == "mixed"
+    def budget(self) -> str | None:
+        return "bits" if self.allocation == "mixed" else None
 
     @property
     def column_groups(self) -> dict[str, int]:
@@ -101,7 +119,7 @@ class Quantize(LeafStep):
 
     @property
     def needs_hessian(self) -> bool:
-        return (self.solver == "gptq" or self.shares_budget) and self.targets != "embeddings"
+        return (self.solver == "gptq" or self.budget is not None) and self.targets != "embeddings"
 
     @property
     def weighs_tokens(self) -> bool:
@@ -116,30 +134,53 @@ class Quantize(LeafStep):
         """Whether tensor or channel is chosen module by module."""
         return self.granularity in HYBRIDS
 
+    def granularities(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+        if not self.hybrid:
+            return {}
+        return hybrid_granularities(shapes, self.granularity, percentile=self.percentile, k=self.std_factor)
+
+    def grid(self) -> RoundOptions | None:
+        bits = min(8, max(2, round(self.bits)))
+        return self.told(RoundOptions, bits=bits, granularity="channel" if self.hybrid else self.granularity)
+
+    def conflict(self, earlier: Sequence[Step]) -> str | None:
+        for s in earlier:
+            if s.leaves_codes:  # named by number in the plan, which sees the modules
+                continue
+            if s.has_bits:
+                return f"{s.kind} with bits has quantized these modules already; leave one of the two out"
+            if s.leaves_pattern:
+                if self.solver != "gptq":
+                    return SURVIVORS_NEED_GPTQ
+                try:
+                    check_grid_fits(self.symmetric, self.granularity == "tensor", s.group)
+                except ValueError as error:
+                    return f"after {s.kind}: {error}"
+        return None
+
+    def after(self, outline: Outline) -> Outline:
+        if self.budget is not None:
+            return self._coded(outline)
+        grid = outline.granularity or self.granularity
+        leaves = tuple(
+            replace(leaf, bits=self.uniform_bits, granularity=grid, symmetric=self.symmetric)
+            for leaf in outline.leaves
+        )
+        return replace(outline, leaves=leaves)
+
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
-        granularity, bits = context.granularity or self.granularity, context.bits or self.uniform_bits
+        granularity = context.granularity or self.granularity
+        bits = self.uniform_bits if context.share is None else int(context.share)
         if isinstance(leaf, Sparse) and isinstance(leaf.values, Dense):
             return self._survivors(leaf, statistics, granularity, bits)
         if not isinstance(leaf, Dense):
             raise ValueError(f"quantize takes dense weights, and this one is already {leaf.formula}")
         if self.solver == "gptq" and statistics is not None:
-            return gptq(
-                leaf.weight.float(),
-                statistics,
-                GptqOptions(
-                    bits=bits,
-                    granularity=granularity,
-                    symmetric=self.symmetric,
-                    damping=self.damping,
-                    order=self.order,
-                    clip=self.clip,
-                    sweeps=self.sweeps,
-                    asymmetry=self.asymmetry,
-                ),
-                context.cross if self.needs_original else None,
-            )
-        options = RoundOptions(bits, granularity, self.symmetric, clip=self.clip)
-        return round_to_nearest(leaf.weight, statistics, options)
+            solver = self.told(GptqOptions, bits=bits, granularity=granularity)
+            cross = context.cross if self.needs_original else None
+            return gptq(leaf.weight.float(), statistics, solver, cross)
+        grid = self.told(RoundOptions, bits=bits, granularity=granularity)
+        return round_to_nearest(leaf.weight, statistics, grid)
 
     def _survivors(
         self, form: Sparse, statistics: InputStatistics | None, granularity: str, bits: int
@@ -147,19 +188,11 @@ class Quantize(LeafStep):
         if self.solver != "gptq" or statistics is None:
             raise ValueError(SURVIVORS_NEED_GPTQ)
         pattern = form.pattern.name if isinstance(form.pattern, NofM) else "unstructured"
-        options = SparseGptOptions(
-            pattern=pattern,
-            bits=bits,
-            granularity=granularity,
-            symmetric=self.symmetric,
-            clip=self.clip,
-            damping=self.damping,
-            sweeps=self.sweeps,
-        )
+        options = self.told(SparseGptOptions, pattern=pattern, bits=bits, granularity=granularity)
         return quantize_survivors(form, statistics, options)
 
 
-class EntropyQuantize(LeafStep):
+class EntropyQuantize(_Codes):
     """GPTQ on a uniform grid of free step, the codes stored by an entropy coder.
 
     One constant sets every step of every module, by how sensitive the model is to each output and by the
@@ -179,20 +212,21 @@ class EntropyQuantize(LeafStep):
     """
 
     kind: ClassVar[str] = "entropy_quantize"
+    takes_updates: ClassVar[bool] = False
     bits: Annotated[float, Field(gt=0, le=12)] = 4.0
-    damping: Annotated[float, Field(ge=0, le=1)] = 0.1
-    dead_zone: Annotated[float, Field(ge=0, le=1)] = 0.1
+    damping: Annotated[float, Field(ge=0, le=1)] = EntropyOptions.damping
+    dead_zone: Annotated[float, Field(ge=0, le=1)] = EntropyOptions.dead_zone
     token_weight: Ratio = 0.5
-    asymmetry: Annotated[float, Field(ge=0, le=1)] = 0.0
-    largest_code: Annotated[int, Field(ge=1)] | None = None
+    asymmetry: Annotated[float, Field(ge=0, le=1)] = EntropyOptions.asymmetry
+    largest_code: Annotated[int, Field(ge=1)] | None = EntropyOptions.largest_code
 
     @property
     def needs_hessian(self) -> bool:
         return self.targets != "embeddings"
 
     @property
-    def shares_budget(self) -> bool:
-        return self.targets != "embeddings"
+    def budget(self) -> str | None:
+        return None if self.targets == "embeddings" else "rate"
 
     @property
     def needs_original(self) -> bool:
@@ -204,12 +238,18 @@ class EntropyQuantize(LeafStep):
 
     def options(self) -> EntropyOptions:
         """The options of the method."""
-        return EntropyOptions(
-            damping=self.damping,
-            dead_zone=self.dead_zone,
-            largest_code=self.largest_code,
-            asymmetry=self.asymmetry,
-        )
+        return self.told(EntropyOptions)
+
+    def conflict(self, earlier: Sequence[Step]) -> str | None:
+        for s in earlier:
+            if s.leaves_pattern:
+                return f"an entropy coder stores zeros at what they are worth; leave {s.kind} out"
+            if s.has_bits and not s.leaves_codes:
+                return f"{s.kind} with bits has quantized these modules already; leave one of the two out"
+        return None
+
+    def after(self, outline: Outline) -> Outline:
+        return self._coded(outline)
 
     def _rows(self, probability: Tensor | None) -> float | Tensor:
         """What an error in each row of a table counts."""
@@ -221,8 +261,8 @@ class EntropyQuantize(LeafStep):
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         if not isinstance(leaf, Dense):
             raise ValueError(f"entropy_quantize takes dense weights, and this one is {leaf.formula}")
-        if context.grid_step is None:  # a table of its own
-            rows = self._rows(context.sensitivity)
+        if context.share is None:  # a table of its own
+            rows = self._rows(context.probability)
             return entropy_round(
                 leaf.weight.float(), self.bits, self.options(), sensitivity=rows, statistics=statistics
             )
@@ -231,7 +271,7 @@ class EntropyQuantize(LeafStep):
         return entropy_quantize(
             leaf.weight.float(),
             statistics,
-            context.grid_step,
+            context.share,
             self.options(),
             sensitivity=1.0 if context.sensitivity is None else context.sensitivity,
             cross=context.cross if self.needs_original else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -12,8 +14,18 @@ from lmpress.methods.low_rank_correction import CorrectionOptions, low_rank_corr
 from lmpress.methods.pivoting import PivotOptions, pivot
 from lmpress.methods.result import Rewritten
 from lmpress.methods.svd import SvdOptions, svd
-from lmpress.methods.svd_llm import SvdLlmOptions, row_weights, svd_llm
-from lmpress.recipes.steps.base import FormStep, LeafContext, LeafStep, Positive, Ratio, Share
+from lmpress.methods.svd_llm import SvdLlmOptions, factor_cost, row_weights, svd_llm
+from lmpress.recipes.outline import Leaf, Outline, factors
+from lmpress.recipes.steps.base import (
+    FormStep,
+    LeafContext,
+    LeafStep,
+    Positive,
+    Ratio,
+    Share,
+    Step,
+    forms_before,
+)
 from lmpress.statistics import InputStatistics
 
 
@@ -32,17 +44,19 @@ class Svd(LeafStep):
     """
 
     kind: ClassVar[str] = "svd"
+    leaves_factors: ClassVar[bool] = True
+    takes_floats: ClassVar[bool] = True
     targets: str = "attention"
     method: Literal["svd", "asvd", "svd_llm"] = "svd"
     keep_variance: Share | None = None
     ratio: Share | None = None
     max_error: Ratio | None = None
-    whiten: bool = True
-    multiple_of: Positive = 1
+    whiten: bool = SvdOptions.whiten
+    multiple_of: Positive = SvdOptions.multiple_of
     rule: Literal["exact", "paper"] = "exact"
     allocation: Literal["uniform", "error", "sensitivity"] = "uniform"
-    update: Ratio = 0.0
-    alpha: Ratio = 0.5
+    update: Ratio = SvdLlmOptions.update
+    alpha: Ratio = AsvdOptions.alpha
 
     @model_validator(mode="after")
     def _one_criterion(self) -> Svd:
@@ -64,8 +78,8 @@ class Svd(LeafStep):
         return True
 
     @property
-    def shares_budget(self) -> bool:
-        return self.allocation != "uniform"
+    def budget(self) -> str | None:
+        return None if self.allocation == "uniform" else "ranks"
 
     @property
     def needs_original(self) -> bool:
@@ -79,34 +93,53 @@ class Svd(LeafStep):
     def needs_statistics(self) -> bool:
         return self.needs_hessian or self.method == "asvd"
 
+    def conflict(self, earlier: Sequence[Step]) -> str | None:
+        other = forms_before([s for s in earlier if s.kind != self.kind])
+        return f"svd comes before {other} of the same modules" if other else None
+
+    def after(self, outline: Outline) -> Outline:
+        m, n = outline.shape
+        if self.ratio is None:
+            return replace(outline, leaves=(Leaf(m, n),), exact=False)
+        rank = int(self.ratio * m * n / (m + n)) // self.multiple_of * self.multiple_of
+        rank = min(max(rank, 1), m, n)
+        if self.method == "svd" and rank * (m + n) >= m * n:
+            return replace(outline, leaves=(Leaf(m, n),))
+        exact = outline.exact and self.budget is None  # else the text decides who gets which rank
+        return replace(outline, leaves=tuple(factors(outline.shape, rank)), exact=exact)
+
+    def uneven_ranks(self, size: int) -> tuple[str, str] | None:
+        if self.multiple_of % size == 0:
+            return None
+        return f"multiples of {self.multiple_of}", f"let svd have multiple_of: {size}"
+
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         if not isinstance(leaf, Dense):
             raise ValueError(f"svd factors dense weights, and this one is {leaf.formula}; put svd earlier")
         if self.method != "svd":
             return self._other(leaf, statistics, context)
-        options = SvdOptions(
-            keep_variance=self.keep_variance,
-            ratio=self.ratio,
-            max_error=self.max_error,
-            whiten=self.whiten,
-            multiple_of=self.multiple_of,
-            paper=self.rule == "paper",
-        )
-        return svd(leaf.weight, statistics, options)
+        return svd(leaf.weight, statistics, self.told(SvdOptions, paper=self.rule == "paper"))
 
     def _other(self, leaf: Dense, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         assert self.ratio is not None
         if statistics is None:
             raise ValueError(f"svd by method: {self.method} needs calibration text")
         if self.method == "asvd":
-            return asvd(leaf.weight, statistics, AsvdOptions(self.ratio, self.alpha, self.multiple_of))
-        if context.rank == 0:
+            return asvd(leaf.weight, statistics, self.told(AsvdOptions))
+        rank = None if context.share is None else self._paying(int(context.share), leaf.shape, context)
+        if rank == 0:
             return Rewritten(leaf, {"rank": None, "reason": "the budget leaves this weight dense"})
-        options = SvdLlmOptions(self.ratio, context.rank, update=self.update, multiple_of=self.multiple_of)
+        options = self.told(SvdLlmOptions, rank=rank)
         weights = context.sensitivity if self.allocation == "sensitivity" else None
         rows = None if weights is None else row_weights(weights)
         cross = context.cross if self.needs_original else None
         return svd_llm(leaf.weight, statistics, options, cross, rows)
+
+    @staticmethod
+    def _paying(rank: int, shape: tuple[int, int], context: LeafContext) -> int:
+        """The rank, or 0 where factors take more than the weight, which may have lost neurons since."""
+        saves = factor_cost(shape, rank, "pivot" in context.later) < shape[0] * shape[1]
+        return rank if saves else 0
 
 
 class Pivot(FormStep):
@@ -119,12 +152,27 @@ class Pivot(FormStep):
     """
 
     kind: ClassVar[str] = "pivot"
-    largest_coefficient: Annotated[float, Field(gt=1)] = 1.1
+    needs_another: ClassVar[bool] = True
+    takes_updates: ClassVar[bool] = False
+    largest_coefficient: Annotated[float, Field(gt=1)] = PivotOptions.largest_coefficient
     largest_bits_lost: Annotated[float, Field(ge=0)] | None = 2.0
 
     @property
     def blocks_only(self) -> bool:
         return True
+
+    def conflict(self, earlier: Sequence[Step]) -> str | None:
+        if not any(s.leaves_factors for s in earlier):
+            return (
+                "pivot turns the factors of svd into pivoted ones: put an svd of the same modules before it"
+            )
+        if any(isinstance(s, FormStep) and not s.leaves_factors and not s.leaves_codes for s in earlier):
+            return "pivot comes right after svd or sparse_low_rank of the same modules"
+        quantizer = next((s.kind for s in earlier if s.quantizes_factors), None)
+        return f"pivot comes before the factors are quantized by {quantizer}" if quantizer else None
+
+    def after(self, outline: Outline) -> Outline:
+        return replace(outline, exact=False)  # fewer numbers, or as many where pivoting is not safe
 
     def rewrite(self, form: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         if isinstance(form, Sum):
@@ -134,7 +182,7 @@ class Pivot(FormStep):
             return Rewritten(form, {"reason": f"no factors: this is {form.formula}"})
         if not (isinstance(form.left, Dense) and isinstance(form.right, Dense)):
             raise ValueError(f"pivot takes dense factors, and this is {form.formula}; put pivot earlier")
-        result = pivot(form, PivotOptions(largest_coefficient=self.largest_coefficient))
+        result = pivot(form, self.told(PivotOptions))
         lost = result.report.get("bits_lost", 0.0)
         if self.largest_bits_lost is not None and lost > self.largest_bits_lost:
             reason = f"quantized, the basis would lose {lost:.1f} bits"
@@ -154,11 +202,12 @@ class Correct(FormStep):
     """
 
     kind: ClassVar[str] = "correct"
-    rank: Positive = 32
-    metric: Literal["hessian", "diagonal", "none"] = "hessian"
-    damping: Ratio = 0.01
-    bits: Annotated[int, Field(ge=2, le=8)] | None = None
-    granularity: Literal["tensor", "channel"] = "channel"
+    needs_another: ClassVar[bool] = True
+    rank: Positive = CorrectionOptions.rank
+    metric: Literal["hessian", "diagonal", "none"] = CorrectionOptions.metric
+    damping: Ratio = CorrectionOptions.damping
+    bits: Annotated[int, Field(ge=2, le=8)] | None = CorrectionOptions.bits
+    granularity: Literal["tensor", "channel"] = CorrectionOptions.granularity
 
     @model_validator(mode="after")
     def _options_fit(self) -> Correct:
@@ -179,7 +228,25 @@ class Correct(FormStep):
 
     def options(self) -> CorrectionOptions:
         """What the method is told."""
-        return CorrectionOptions(self.rank, self.metric, self.damping, self.bits, self.granularity)
+        return self.told(CorrectionOptions)
+
+    @property
+    def has_bits(self) -> bool:
+        return self.bits is not None
+
+    def conflict(self, earlier: Sequence[Step]) -> str | None:
+        if forms_before(earlier):
+            return None
+        return "correct makes up for what earlier steps took away, and there is none for these modules"
+
+    def after(self, outline: Outline) -> Outline:
+        more = factors(outline.shape, self.rank, self.bits, self.granularity)
+        return replace(outline, leaves=(*outline.leaves, *more))
+
+    def uneven_ranks(self, size: int) -> tuple[str, str] | None:
+        if self.rank % size == 0:
+            return None
+        return str(self.rank), f"let correct have a rank of whole groups: {size}"
 
     def rewrite(self, form: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         if context.weight is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -23,6 +24,7 @@ class Recover(Step):
     """
 
     kind: ClassVar[str] = "recover"
+    trains: ClassVar[bool] = True
     steps: Positive = 200
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 5e-5
     batch_size: Positive = 1
@@ -35,3 +37,14 @@ class Recover(Step):
     @property
     def blocks_only(self) -> bool:
         return True
+
+    @property
+    def adds_bytes(self) -> bool:
+        """Whether what it learns is stored beside what is there."""
+        return self.keep == "term"
+
+    def conflict(self, earlier: Sequence[Step]) -> str | None:
+        other = next((s.kind for s in earlier if not s.takes_updates), None)
+        if self.keep == "term" or other is None:
+            return None
+        return f"an update cannot be merged into what {other} makes; let recover have keep: term"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -14,10 +16,19 @@ from lmpress.methods.patterns import check_grid_fits, parse_pattern
 from lmpress.methods.result import Rewritten
 from lmpress.methods.rtn import parse_granularity
 from lmpress.methods.sparsegpt import SparseGptOptions, sparsegpt
-from lmpress.methods.sslc import SslcOptions, sslc
+from lmpress.methods.sslc import SPLITS, SslcOptions, split_budget, sslc
 from lmpress.methods.svd_llm import row_weights
 from lmpress.methods.wanda import WandaOptions, wanda
-from lmpress.recipes.steps.base import LeafContext, LeafStep, Positive, Ratio, group_of
+from lmpress.recipes.outline import Leaf, Outline, factors
+from lmpress.recipes.steps.base import (
+    LeafContext,
+    LeafStep,
+    Positive,
+    Ratio,
+    Step,
+    forms_before,
+    group_of,
+)
 from lmpress.statistics import InputStatistics
 
 Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -41,14 +52,16 @@ class _Sparse(LeafStep):
             Calibration takes twice as long.
     """
 
+    leaves_pattern: ClassVar[bool] = True
+    takes_updates: ClassVar[bool] = False
     sparsity: Sparsity | None = None
-    pattern: str = "unstructured"
-    bits: Bits | None = None
-    granularity: str = "channel"
-    symmetric: bool = True
-    clip: bool = True
+    pattern: str = SparseGptOptions.pattern
+    bits: Bits | None = SparseGptOptions.bits
+    granularity: str = SparseGptOptions.granularity
+    symmetric: bool = SparseGptOptions.symmetric
+    clip: bool = SparseGptOptions.clip
     allocation: Literal["uniform", "sensitivity"] = "uniform"
-    asymmetry: Ratio = 0.0
+    asymmetry: Ratio = SparseGptOptions.asymmetry
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -87,8 +100,12 @@ class _Sparse(LeafStep):
         return True
 
     @property
-    def shares_budget(self) -> bool:
-        return self.allocation != "uniform"
+    def budget(self) -> str | None:
+        return None if self.allocation == "uniform" else "density"
+
+    @property
+    def has_bits(self) -> bool:
+        return self.bits is not None
 
     @property
     def needs_original(self) -> bool:
@@ -115,12 +132,12 @@ class _Sparse(LeafStep):
 
     def removed(self, context: LeafContext) -> float:
         """The share that one module loses."""
-        return self.share if context.keep is None else 1 - context.keep
+        return self.share if context.share is None else 1 - context.share
 
     def guides(self, context: LeafContext) -> tuple[Tensor | None, Tensor | None]:
         """What the solvers are told of other modules: the cross matrix, and what each output counts."""
         rows = None
-        if self.shares_budget and context.sensitivity is not None:
+        if self.budget is not None and context.sensitivity is not None:
             rows = row_weights(context.sensitivity)
         return context.cross if self.needs_original else None, rows
 
@@ -151,11 +168,11 @@ class Sparsify(_Sparse):
             )
         if self.case == "all" and self.bits is None:
             raise ValueError("case: all is of quantization in the same pass: give it `bits`")
-        if not self.needs_hessian and (self.shares_budget or self.asymmetry):
+        if not self.needs_hessian and (self.budget is not None or self.asymmetry):
             raise ValueError(
                 f"`allocation` and `asymmetry` are for sparsegpt and alps, not for {self.method}"
             )
-        if self.shares_budget and self.group is not None:
+        if self.budget is not None and self.group is not None:
             raise ValueError(
                 f"pattern {self.pattern} takes the same from every row: there is no budget to share"
             )
@@ -176,18 +193,35 @@ class Sparsify(_Sparse):
 
     def options(self, share: float | None = None) -> SparseGptOptions:
         """What SparseGPT is told; `share` is removed, None for what the step says."""
-        return SparseGptOptions(
-            sparsity=self.share if share is None else share,
-            pattern=self.pattern,
-            bits=self.bits,
-            case=self.case,
-            granularity=self.granularity,
-            symmetric=self.symmetric,
-            clip=self.clip,
-            damping=self.damped,
-            sweeps=self.sweeps,
-            asymmetry=self.asymmetry,
-        )
+        share = self.share if share is None else share
+        return self.told(SparseGptOptions, sparsity=share, damping=self.damped)
+
+    def conflict(self, earlier: Sequence[Step]) -> str | None:
+        if any(s.kind == self.kind for s in earlier):
+            return "modules are made sparse once"
+        other = forms_before([s for s in earlier if s.leaves_pattern or not s.leaves_factors])
+        return f"sparsify comes before {other} of the same modules" if other else None
+
+    def after(self, outline: Outline) -> Outline:
+        exact = outline.exact and self.budget is None
+        return replace(outline, leaves=tuple(self._sparse(leaf) for leaf in outline.leaves), exact=exact)
+
+    def _sparse(self, leaf: Leaf) -> Leaf:
+        grid = replace(leaf, bits=self.bits, granularity=self.granularity, symmetric=self.symmetric)
+        if self.case == "all":
+            return grid
+        m, n = leaf.rows, leaf.columns
+        if self.group is not None:
+            kept = m * n // self.group[1] * self.group[0]
+            return replace(grid, kept=kept, even=True, pattern=self.group)
+        density = 1 - self.share
+        if self.method == "wanda":
+            return replace(grid, kept=round(density * n) * m, even=True)
+        if self.method == "sparsegpt":  # a budget for each block of columns
+            block = SparseGptOptions.block
+            widths = [min(block, n - start) for start in range(0, n, block)]
+            return replace(grid, kept=sum(round(density * width * m) for width in widths))
+        return replace(grid, kept=round(density * m * n))
 
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         if not isinstance(leaf, Dense):
@@ -200,7 +234,7 @@ class Sparsify(_Sparse):
             raise ValueError(f"sparsify by method: {self.method} needs calibration text")
         share = self.removed(context)
         if self.method == "alps":
-            options = AlpsOptions(share, self.pattern, self.damped, asymmetry=self.asymmetry)
+            options = self.told(AlpsOptions, sparsity=share, damping=self.damped)
             return alps(weight, statistics, options, *self.guides(context))
         return sparsegpt(weight, statistics, self.options(share), *self.guides(context))
 
@@ -221,11 +255,12 @@ class SparseLowRank(_Sparse):
     """
 
     kind: ClassVar[str] = "sparse_low_rank"
-    kappa: Ratio | None = 0.2
-    metric: Literal["hessian", "diagonal"] = "hessian"
-    iterations: Positive = 120
-    protect: Sparsity = 0.01
-    damping: Ratio = 0.1
+    leaves_factors: ClassVar[bool] = True
+    kappa: Ratio | None = SslcOptions.kappa
+    metric: Literal["hessian", "diagonal"] = SslcOptions.metric
+    iterations: Positive = SslcOptions.iterations
+    protect: Sparsity = SslcOptions.protect
+    damping: Ratio = SslcOptions.damping
     factor_bits: Bits | None = None
 
     @model_validator(mode="after")
@@ -238,7 +273,7 @@ class SparseLowRank(_Sparse):
     @property
     def needs_hessian(self) -> bool:
         quantized = self.bits is not None or self.factor_bits is not None
-        return self.metric == "hessian" or quantized or self.shares_budget or self.needs_original
+        return self.metric == "hessian" or quantized or self.budget is not None or self.needs_original
 
     @property
     def damped(self) -> float:
@@ -246,33 +281,51 @@ class SparseLowRank(_Sparse):
 
     def options(self, seed: int = 0, share: float | None = None) -> SslcOptions:
         """What the method is told; `share` is removed, None for what the step says."""
-        survivors = factors = None
+        survivors = factored = None
         if self.bits is not None:
-            survivors = SparseGptOptions(
-                pattern=self.pattern,
-                bits=self.bits,
-                granularity=self.granularity,
-                symmetric=self.symmetric,
-                clip=self.clip,
-                damping=self.damping,
+            survivors = self.told(
+                SparseGptOptions,
+                sparsity=SparseGptOptions.sparsity,
+                asymmetry=0.0,
                 per_channel_damping=True,
                 sweeps=1,
             )
         if self.factor_bits is not None:
-            factors = CorrectionOptions(bits=self.factor_bits)
-        return SslcOptions(
-            sparsity=self.share if share is None else share,
-            kappa=self.kappa,
-            pattern=self.pattern,
-            metric=self.metric,
-            iterations=self.iterations,
-            protect=self.protect,
-            damping=self.damping,
-            seed=seed,
-            survivors=survivors,
-            factors=factors,
-            asymmetry=self.asymmetry,
-        )
+            factored = CorrectionOptions(bits=self.factor_bits)
+        share = self.share if share is None else share
+        return self.told(SslcOptions, sparsity=share, seed=seed, survivors=survivors, factors=factored)
+
+    @property
+    def has_bits(self) -> bool:
+        return self.bits is not None or self.quantizes_factors
+
+    @property
+    def quantizes_factors(self) -> bool:
+        return self.factor_bits is not None
+
+    def conflict(self, earlier: Sequence[Step]) -> str | None:
+        before = forms_before(earlier)
+        return f"sparse_low_rank comes before {before} of the same modules" if before else None
+
+    def after(self, outline: Outline) -> Outline:
+        exact = outline.exact and (self.budget is None or self.group is not None)
+        if self.kappa is not None:
+            return replace(outline, leaves=self._split(outline.shape, self.kappa), exact=exact)
+        splits = [replace(outline, leaves=self._split(outline.shape, kappa), exact=False) for kappa in SPLITS]
+        return max(splits, key=lambda split: split.bytes)
+
+    def _split(self, shape: tuple[int, int], kappa: float) -> tuple[Leaf, ...]:
+        (m, n), leaves = shape, []
+        rank, density = split_budget(shape, self.share, kappa, self.group)
+        if density:
+            per_row = self.metric == "diagonal" or self.group is not None
+            kept = round(density * n) * m if per_row else round(density * m * n)
+            grid = self.bits, self.granularity, self.symmetric
+            leaves.append(Leaf(m, n, kept, per_row, self.group, *grid))
+        return (*leaves, *(factors(shape, rank, self.factor_bits) if rank else []))
+
+    def uneven_ranks(self, size: int) -> tuple[str, str] | None:
+        return "whatever the budget leaves", "take granularity: channel, or the bits of sparse_low_rank"
 
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         if not isinstance(leaf, Dense):

@@ -1,0 +1,16 @@
+"""Text through the model, one block in memory at a time."""
+
+from lmpress.stream.activations import Activations, Spooled
+from lmpress.stream.stream import BlockStream, StreamBlock, replaced_blocks
+from lmpress.stream.walk import IN_FLIGHT, Gathered, Walk
+
+__all__ = [
+    "IN_FLIGHT",
+    "Activations",
+    "BlockStream",
+    "Gathered",
+    "Spooled",
+    "StreamBlock",
+    "Walk",
+    "replaced_blocks",
+]

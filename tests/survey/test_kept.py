@@ -1,0 +1,69 @@
+"""Surveys that recipes share: used where they are whole, made anew where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmpress.pipeline import Run, RunOptions, beforehand
+from lmpress.recipes import parse_recipe
+from lmpress.source import open_source
+from lmpress.survey.kept import keep_survey, kept_survey
+
+
+def coded(bits: float) -> dict[str, Any]:
+    step = {"entropy_quantize": {"targets": "*", "bits": bits}}
+    return {"name": "coded", "calibration": {"samples": 4, "seq_len": 32}, "steps": [step]}
+
+
+def test_a_survey_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
+    assert kept_survey(tmp_path / "none", "a") is None
+    survey, tensors = (
+        {"tokens": 3, "budgets": {"0": {"curves": {}}}, "worst": float("inf")},
+        {"x": torch.arange(4.0)},
+    )
+    keep_survey(tmp_path, "a", survey, tensors)
+    kept = kept_survey(tmp_path, "a")
+    assert kept is not None
+    assert kept[0] == survey
+    assert torch.equal(kept[1]["x"], tensors["x"])
+    data = tmp_path / "a.safetensors"
+    data.write_bytes(data.read_bytes()[:-3])
+    assert kept_survey(tmp_path, "a") is None
+    keep_survey(tmp_path, "a", survey, tensors)
+    (tmp_path / "a.json").write_text("{")
+    assert kept_survey(tmp_path, "a") is None
+
+
+def test_recipes_of_other_bits_share_a_survey(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    survey = beforehand.look_backwards
+
+    def counted(*given: Any) -> Any:
+        looks.append(1)
+        return survey(*given)
+
+    monkeypatch.setattr(beforehand, "look_backwards", counted)
+
+    def shards(name: str, bits: float, surveys: Path | None) -> dict[str, bytes]:
+        options = RunOptions(str(text_file), surveys=surveys)
+        once = Run(open_source(tiny("llama")), parse_recipe(coded(bits), "test"), tmp_path / name, options)
+        once.prepare()
+        once.execute()
+        return {p.name: p.read_bytes() for p in once.staging.glob("model-*.safetensors")}
+
+    shared = tmp_path / "surveys"
+    shards("first", 3.0, shared)
+    second = shards("second", 4.0, shared)
+    assert len(looks) == 1
+    assert second == shards("alone", 4.0, None)
+    for file in shared.glob("*.safetensors"):
+        file.write_bytes(b"torn")
+    assert second == shards("third", 4.0, shared)
+    assert len(looks) == 3
