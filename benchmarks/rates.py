@@ -4,7 +4,8 @@
 
 Kinds: `bits`, every way of quantizing at every rate; `both`, structure and bits together at these rates;
 `all`, these two; `structure`, what sparsity and low rank keep at half of the parameters, and at equal bytes;
-`calibration`, GPTQ at 4 bits by what its moments are gathered with.
+`calibration`, GPTQ at 4 bits by what its moments are gathered with; `equal`, 4 bits behind scales (AWQ) and
+rotations that leave the dense model as it is.
 
 FILE of C4 has a document a line: the last fifth is held back and evaluated on, the rest is calibrated on.
 Prints one table (block bits per weight and bytes of the whole directory, perplexity on both texts relative to
@@ -25,6 +26,7 @@ from lmpress.api import compare
 from lmpress.progress import console
 from lmpress.recipes import load_recipe
 
+KINDS = ("bits", "structure", "both", "all", "calibration", "equal")
 WEIGHTED = {"weighting": "positions"}
 GUIDED = {"allocation": "sensitivity", "asymmetry": 0.5}
 COARSE = {"quantize": {"targets": "embeddings", "bits": 8, "granularity": "channel"}}
@@ -47,6 +49,8 @@ def chosen(kind: str) -> list[Any]:
         return [*chosen("bits"), *chosen("both")]
     if kind == "calibration":
         return by_calibration()
+    if kind == "equal":
+        return [*in_front("group:64"), *in_front("channel")]
     if kind == "bits":
         fixed = ["gptq-8bit", "gptq-4bit", "mixed-4bit", "mixed-3bit"]
         coded_ones = map(coded, (8.0, 6.0, 4.25, 4.0, 3.25, 2.5))
@@ -81,6 +85,22 @@ def by_calibration() -> list[dict[str, Any]]:
         alone("positions", {"quantize": gptq}) | {"calibration": WEIGHTED},
         alone("sweep", {"quantize": sweep}) | {"calibration": WEIGHTED},
         alone("asymmetry", {"quantize": sweep | {"asymmetry": 0.5}}) | {"calibration": WEIGHTED},
+    ]
+
+
+def in_front(granularity: str) -> list[dict[str, Any]]:
+    """Rounding and GPTQ at 4 bits, embeddings as they are, behind what leaves the dense model as it is."""
+    fronts: dict[str, list[dict[str, Any]]] = {"": [], "awq-": [{"awq": {}}], "rotate-": [{"rotate": {}}]}
+    solvers = {"round": {"solver": "round"}, "gptq": {"solver": "gptq", "sweeps": 1}}
+    grid = {"bits": 4, "granularity": granularity, "clip": True}
+    return [
+        {
+            "name": f"{front}{solver}-{granularity.replace(':', '')}",
+            "calibration": WEIGHTED,
+            "steps": [*steps, {"quantize": grid | how}],
+        }
+        for front, steps in fronts.items()
+        for solver, how in solvers.items()
     ]
 
 
@@ -133,7 +153,7 @@ def main() -> None:
     parser.add_argument("--c4", type=Path, required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--kind", choices=["bits", "structure", "both", "all", "calibration"], default="bits")
+    parser.add_argument("--kind", choices=KINDS, default="bits")
     parser.add_argument("--only", nargs="*", help="names of recipes")
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--dtype", default="float32", help="that the models are evaluated in")

@@ -136,6 +136,97 @@ def test_rewrite_reaches_every_leaf_and_nothing_else(example: Example) -> None:
     assert "zero" not in names
 
 
+def every(form: Form) -> list[Form]:
+    """The form, and all that it is made of."""
+    return [form, *(inner for part in form.parts() for inner in every(part.form))]
+
+
+@PROFILE
+@given(examples())
+def test_parts_make_the_whole_again(example: Example) -> None:
+    for form in every(example.form):
+        parts = {part.name: part.form for part in form.parts()}
+        assert len(parts) == len(form.parts())
+        same = form.with_parts(parts)
+        assert json.dumps(same.describe()) == json.dumps(form.describe())
+        assert all(torch.equal(same.tensors()[name], tensor) for name, tensor in form.tensors().items())
+        if not parts:
+            assert same is form
+
+
+@PROFILE
+@given(examples())
+def test_parts_tell_how_they_reach_the_outputs(example: Example) -> None:
+    """Another matrix D in the place of a part changes the whole by `through @ D @ after`, at its rows."""
+    for form in every(example.form):
+        parts = {part.name: part.form for part in form.parts()}
+        for part in form.parts():
+            change = torch.randn(part.form.shape, dtype=torch.float64, generator=example.generator)
+            new = Dense(part.form.dense(torch.float64) + change)
+            whole = form.with_parts(parts | {part.name: new}).dense(torch.float64)
+            moved = change if part.after is None else change @ parts[part.after].dense(torch.float64)
+            if part.through is not None:
+                moved = part.through().double() @ moved
+            expected = torch.zeros(form.shape, dtype=torch.float64)
+            expected[slice(None) if part.rows is None else part.rows] = moved
+            unit = float(magnitude(form).max()) + float(moved.abs().max())
+            difference = whole - form.dense(torch.float64) - expected
+            assert float(difference.abs().max()) <= 1e-5 * unit + 1e-12
+
+
+@PROFILE
+@given(examples())
+def test_a_form_runs_by_whatever_runs_its_parts(example: Example) -> None:
+    x, ran = example.input(3), []
+
+    def run(form: Form, x: Tensor) -> Tensor:
+        ran.append(form)
+        return x @ form.dense(torch.float64).T
+
+    y = example.form.run_by(run, x)
+    bound = float((x.abs() @ magnitude(example.form).T).max())
+    assert float((y - x @ example.expected.T).abs().max()) <= 1e-10 * bound + 1e-30
+    assert [id(form) for form in ran] == [id(part.form) for part in example.form.parts()]
+
+
+def exact(leaf: Form, weight: Tensor) -> Form:
+    """A leaf that holds any matrix."""
+    return Dense(weight.double())
+
+
+@PROFILE
+@given(examples(depth=1))
+def test_an_update_is_merged_as_well_as_the_structure_allows(example: Example) -> None:
+    form, (rows, columns) = example.form, example.form.shape
+    update = torch.randn(rows, columns, generator=example.generator)
+    if isinstance(form, Pivoted):
+        with pytest.raises(ValueError, match="keep it as a term"):
+            form.merged(update, exact)
+        return
+    merged, wanted = form.merged(update, exact), form.dense(torch.float64) + update.double()
+    assert merged.shape == form.shape
+    error = float((merged.dense(torch.float64) - wanted).square().sum()) ** 0.5
+    least = 0.0
+    if isinstance(form, LowRank):  # Eckart-Young
+        assert isinstance(merged, LowRank)
+        assert merged.rank == min(form.rank, rows, columns)
+        least = float(torch.linalg.svdvals(wanted)[form.rank :].square().sum()) ** 0.5
+    assert (
+        error
+        <= least + 1e-4 * (float(magnitude(form).max()) + float(update.abs().max())) * (rows * columns) ** 0.5
+    )
+
+
+def test_the_first_term_of_a_sum_takes_the_update() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second, update = (torch.randn(6, 9, generator=generator) for _ in range(3))
+    form = Sum((Dense(first), Dense(second)))
+    merged = form.merged(update, exact)
+    assert isinstance(merged, Sum)
+    assert merged.terms[1] is form.terms[1]
+    torch.testing.assert_close(merged.terms[0].dense(), first + update)
+
+
 @PROFILE
 @given(examples())
 def test_gradients_agree_with_autograd_on_dense(example: Example) -> None:

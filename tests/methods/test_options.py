@@ -91,23 +91,31 @@ def test_ranges_have_their_ends(
 
 
 DEFAULTS: dict[type, dict[str, Any]] = {
-    AlpsOptions: {"sparsity": 0.5, "damping": 0.1, "iterations": 300, "refit": 10, "asymmetry": 0.5},
+    AlpsOptions: {"sparsity": 0.5, "damping": 0.1, "iterations": 300, "refit": 10, "asymmetry": 0.0},
     AsvdOptions: {"ratio": 0.8, "alpha": 0.5, "multiple_of": 1},
-    EntropyOptions: {"damping": 0.1, "dead_zone": 0.1, "asymmetry": 0.5, "flat_columns": False},
-    GptqOptions: {"bits": 4, "damping": 0.03, "sweeps": 0, "asymmetry": 0.5, "symmetric": True, "clip": True},
+    EntropyOptions: {"damping": 0.1, "dead_zone": 0.1, "asymmetry": 0.0, "flat_columns": False},
+    GptqOptions: {
+        "bits": 4,
+        "granularity": "channel",
+        "damping": 0.03,
+        "sweeps": 0,
+        "asymmetry": 0.0,
+        "symmetric": True,
+        "clip": False,
+    },
     CorrectionOptions: {"rank": 32, "damping": 0.01, "bits": None},
     NeuronOptions: {"damping": 0.01, "compensate": True},
     PivotOptions: {"largest_coefficient": 1.1, "largest_error": 0.01, "safe_bits": 2.0},
     RoundOptions: {"bits": 8, "symmetric": True, "clip": False},
-    SparseGptOptions: {"sparsity": 0.5, "damping": 0.01, "block": 128, "sweeps": 0, "asymmetry": 0.5},
+    SparseGptOptions: {"sparsity": 0.5, "damping": 0.01, "block": 128, "sweeps": 0, "asymmetry": 0.0},
     SslcOptions: {"sparsity": 0.5, "kappa": 0.2, "protect": 0.01, "damping": 0.1, "refit": 10},
-    SvdLlmOptions: {"ratio": 0.8, "damping": 0.01, "update": 1.0, "multiple_of": 1},
+    SvdLlmOptions: {"ratio": 0.8, "damping": 0.01, "update": 0.0, "multiple_of": 1},
     WandaOptions: {"sparsity": 0.5, "per_row": True},
 }
 
 
 @pytest.mark.parametrize("options", DEFAULTS)
-def test_defaults_are_those_that_the_figures_were_made_with(options: type) -> None:
+def test_defaults_are_those_that_steps_have_where_a_recipe_says_nothing(options: type) -> None:
     made = options()
     for name, value in DEFAULTS[options].items():
         assert getattr(made, name) == value, name

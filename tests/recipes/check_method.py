@@ -70,16 +70,17 @@ def context(step: FormStep, dense: Tensor, x: Tensor | None = None) -> LeafConte
     """All that a step could be told of a module; what it did not ask for must not matter."""
     rows, columns = dense.shape
     x = inputs(columns) if x is None else x
-    told = LeafContext(
+    generator = torch.Generator().manual_seed(13)
+    size = float(dense.square().mean().sqrt() * x.square().mean().sqrt())
+    shares = {"bits": 5, "rate": 0.1 * size or 0.1, "ranks": max(1, min(rows, columns) // 4), "density": 0.6}
+    return LeafContext(
         seed=5,
         weight=dense,
-        sensitivity=torch.rand(rows, generator=torch.Generator().manual_seed(13)) + 0.1,
+        share=None if step.budget is None else shares[step.budget],
+        sensitivity=torch.rand(rows, generator=generator) + 0.1,
+        probability=torch.rand(rows, generator=generator) + 0.1,
         cross=(0.3 * x.roll(1, 1)).T @ x / len(x),
     )
-    if not step.shares_budget:
-        return told
-    size = float(dense.square().mean().sqrt() * x.square().mean().sqrt())
-    return replace(told, bits=5, grid_step=0.1 * size or 0.1, rank=max(1, min(rows, columns) // 4), keep=0.6)
 
 
 def made(
@@ -254,9 +255,12 @@ def needs_are_honest(step: FormStep, start: Start) -> None:
         other = made(step, start, dense, statistics, cross=None)
         assert equal(whole, other.form), f"{step!r} uses the dense model all the same"
         assert other.target is None
-    if not step.shares_budget and not step.weighs_tokens:
+    if step.budget is None:
         other = made(step, start, dense, statistics, sensitivity=None)
         assert equal(whole, other.form), f"{step!r} uses sensitivities all the same"
+    if not step.weighs_tokens:
+        other = made(step, start, dense, statistics, probability=None)
+        assert equal(whole, other.form), f"{step!r} uses the probabilities of tokens all the same"
 
 
 def permuted_rows_are_permuted(step: FormStep, start: Start) -> None:
@@ -264,9 +268,11 @@ def permuted_rows_are_permuted(step: FormStep, start: Start) -> None:
     a few entries may fall on the other side of a threshold.)"""
     dense, statistics = weight(), moments(inputs())
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(14))
-    told = context(step, dense).sensitivity
-    assert told is not None
+    told = context(step, dense)
+    assert told.sensitivity is not None
+    assert told.probability is not None
+    moved = {"sensitivity": told.sensitivity[order], "probability": told.probability[order]}
     whole = made(step, start, dense, statistics).form.dense()
-    permuted = made(step, start, dense[order], statistics, sensitivity=told[order]).form.dense()
+    permuted = made(step, start, dense[order], statistics, **moved).form.dense()
     strayed = float((permuted - whole[order]).norm() / whole.norm())
     assert strayed < 0.02, f"{step!r}: rows that change places come out different, by {strayed:.2g}"

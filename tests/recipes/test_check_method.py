@@ -76,8 +76,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("sparse_low_rank", {"pattern": "2:4", "iterations": 20, "damping": 0.0}, {"row_wise": False}),
 ]
 
-NO_FORM = {"prune_neurons", "recover"}
-"""Steps that rewrite no form: neurons go from several linears at once, and training sees the whole model."""
+NO_FORM = {"rotate", "awq", "prune_neurons", "recover"}
+"""Steps that rewrite no form: of the whole model before it is read, of sites, and those that train."""
 
 
 @pytest.mark.parametrize(("kind", "options", "how"), CASES, ids=lambda value: str(value)[:60])

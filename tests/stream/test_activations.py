@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from lmpress.stream.activations import Activations, Spooled
+
+from lmpress.stream import Activations, Spooled
 
 SHAPE = (3, 4, 5)
 

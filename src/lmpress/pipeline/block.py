@@ -198,6 +198,7 @@ class BlockTask:
         form = before = current_form(self.block.get_submodule(linear))
         full, target = self._full(linear), before.dense()
         cross = None if gathered is None else gathered.cross
+        statistics = None if gathered is None else gathered.statistics
         reports = []
         steps = self.plan.form_steps(full)
         for place, (index, step) in enumerate(steps):
@@ -210,7 +211,8 @@ class BlockTask:
                 cross=cross,
                 later=tuple(later.kind for _, later in steps[place + 1 :]),
             )
-            rewritten = step.rewrite(form, None if gathered is None else gathered.statistics, context)
+            # what a step did not ask for is not given to it: else its result would hang on its neighbours
+            rewritten = step.rewrite(form, statistics if step.needs_statistics else None, context)
             if step.needs_original and rewritten.form is not form:
                 cross = None  # it has made up for what strayed: another one would do so twice
             if rewritten.target is not None:  # a later step that fits to anything else would undo the move

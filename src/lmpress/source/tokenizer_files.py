@@ -67,11 +67,10 @@ def _reason(directory: Path, gguf: str | None, error: Exception) -> str:
     marked = [name for name in DECIDING if _is_marked(directory / name)]
     if marked:
         return f"{directory / marked[0]} begins with a byte order mark; save it as UTF-8 without one"
-    lines = str(error).strip().splitlines()
-    told = lines[0] if lines else repr(error)
-    if gguf is not None:
+    told = " ".join(str(error).split())[:200] or repr(error)
+    if gguf is not None or any((directory / name).is_file() for name in DECIDING):
         return told
-    return f"{told}; put the tokenizer's files into {directory}, those of the model that it was made from"
+    return f"put the model's own files (tokenizer.json) beside its weights ({told})"
 
 
 def _is_marked(path: Path) -> bool:
