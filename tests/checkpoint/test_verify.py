@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import lmpress
 from lmpress.api import inspect, write_card
@@ -112,7 +112,7 @@ def test_saved_again_over_itself_it_says_what_to_delete(copy: Path) -> None:
     lmpress.load(copy)
 
 
-@pytest.mark.parametrize("value", ["2", None, [1]])
+@pytest.mark.parametrize("value", ["2", None, [1], True])
 def test_a_version_that_is_no_number(copy: Path, value: object) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"]["version"] = value
@@ -174,6 +174,14 @@ def test_transformers_gives_one_line_as_well(copy: Path, edit: Any, words: str) 
             load(copy)
         assert words in str(refused.value)
         assert "\n" not in str(refused.value)
+
+
+def test_transformers_gets_no_plan_of_another_model(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 255}))
+    for kind in (AutoModelForCausalLM, AutoModel):
+        with pytest.raises(RequestError, match=r"embed_tokens as .* and the config asks for \(255, 64\)"):
+            kind.from_pretrained(copy)
 
 
 def test_transformers_is_told_of_a_tensor_that_is_not_there(copy: Path) -> None:
