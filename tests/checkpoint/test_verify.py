@@ -176,6 +176,26 @@ def test_transformers_gives_one_line_as_well(copy: Path, edit: Any, words: str) 
         assert "\n" not in str(refused.value)
 
 
+def test_a_weight_that_no_plan_names_is_missed(copy: Path) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    tensors = load_file(copy / SHARD)
+    del tensors[name]
+    save_file(tensors, copy / SHARD, metadata={"format": "pt"})
+    forge(copy)
+    for read in (lmpress.load, inspect):
+        with pytest.raises(RequestError, match=f"lacks the tensor {name} of a causal language model"):
+            read(copy)
+
+
+def test_a_model_without_its_head_gets_no_random_one(
+    compressed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    AutoModel.from_pretrained(compressed("llama-untied")).save_pretrained(tmp_path / "bare")
+    with pytest.raises(RequestError, match=r"lacks the tensor lm_head\.weight"):
+        lmpress.load(tmp_path / "bare")
+    AutoModel.from_pretrained(tmp_path / "bare")
+
+
 def test_transformers_gets_no_plan_of_another_model(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 255}))

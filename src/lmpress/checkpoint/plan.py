@@ -101,14 +101,18 @@ def names_in(model: Any, names: Iterable[str]) -> dict[str, str]:
     such as the head, or blocks past those that the config asks for, is left out.
     """
     modules = {name for name, _ in model.named_modules()}
-    prefix = f"{model.base_model_prefix}."
     found: dict[str, str] = {}
     for name in names:
-        bare = name.removeprefix(prefix)
-        places = [place for place in (bare, prefix + name, name) if place in modules]
+        places = [place for place in spellings(model, name) if place in modules]
         if places:
             found[name] = places[0]
     return found
+
+
+def spellings(model: Any, name: str) -> tuple[str, str, str]:
+    """A name without the prefix of the base model, with it, and as it is."""
+    prefix = f"{model.base_model_prefix}."
+    return name.removeprefix(prefix), prefix + name, name
 
 
 def check_absent(config: Any, names: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from lmpress.checkpoint.bounds import dense_model
 from lmpress.checkpoint.files import MANIFEST, read_header, read_json, sha256_file, shard_paths
 from lmpress.checkpoint.fit import check_fit
 from lmpress.checkpoint.manifest import read_manifest
-from lmpress.checkpoint.plan import check_stored, check_version, empty_forms, names_in
+from lmpress.checkpoint.plan import check_stored, check_version, empty_forms, names_in, spellings
 from lmpress.checkpoint.plugin import METHOD
 from lmpress.errors import RequestError
 from lmpress.forms import Form
@@ -88,4 +88,19 @@ def _check_plan(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
     check_stored(forms, tensors, str(directory))
     model = dense_model(directory)
     names = names_in(model, forms)  # of a bare model, too, what was saved is a checkpoint
-    check_fit(model, {names.get(name, name): form for name, form in forms.items()}, config)
+    held = {names.get(name, name): form for name, form in forms.items()}
+    check_fit(model, held, config)
+    _check_whole(directory, model, {f"{name}.weight" for name in held} | tensors.keys())
+
+
+def _check_whole(directory: Path, model: Any, there: Set[str]) -> None:
+    """RequestError where a weight of the model is nowhere, nor a twin of it: it would be drawn at random."""
+    twins: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        twins.setdefault(id(tensor), []).append(name)
+    for names in twins.values():
+        if there.isdisjoint(place for name in names for place in spellings(model, name)):
+            raise RequestError(
+                f"{directory} lacks the tensor {names[0]} of a causal language model: fetch it again, or "
+                "load it as what was saved (AutoModel, AutoModelForSequenceClassification, ...)"
+            )
