@@ -15,7 +15,7 @@ from lmpress.checkpoint import MANIFEST, plan_of, read_gguf_header, read_header,
 from lmpress.errors import RequestError
 from lmpress.evaluation.size import dense_skeleton
 from lmpress.families import layout_of
-from lmpress.forms import Dense, EntropyCoded, Form, Quantized
+from lmpress.forms import Dense, Form
 from lmpress.forms.linear import FormHolder
 
 
@@ -129,12 +129,7 @@ def _nominal_leaves(form: Form) -> list[tuple[int, float]]:
 
     def visit(leaf: Form) -> Form:
         rows, columns = leaf.shape
-        each = 16.0
-        if isinstance(leaf, Quantized):
-            each = float(leaf.bits)
-        elif isinstance(leaf, EntropyCoded):
-            each = leaf.bits_per_weight
-        leaves.append((rows * columns, each))
+        leaves.append((rows * columns, leaf.nominal_bits))
         return leaf
 
     form.rewrite(visit)

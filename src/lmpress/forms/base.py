@@ -182,6 +182,31 @@ class Form(ABC):
         return self.with_tensors({first[0]: torch.empty_like(first[1], device="meta"), **dict(others)})
 
     @property
+    def plain(self) -> Tensor | None:
+        """The floating-point matrix that is stored as it is; None where it is anything else."""
+        return None
+
+    @property
+    def addends(self) -> tuple[Form, ...]:
+        """What is added up to the matrix."""
+        return (self,)
+
+    @property
+    def mask(self) -> Tensor:
+        """Which entries are kept, bool (out, in): where nothing keeps account of it, those that are not 0."""
+        return self.dense() != 0
+
+    @property
+    def density(self) -> float:
+        """Kept entries over all entries."""
+        return float(self.mask.float().mean()) if 0 not in self.shape else 0.0
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits of a value of a leaf, without what stands beside the values."""
+        return 16.0
+
+    @property
     def storage(self) -> str:
         """How the weight of a leaf is stored, as kernels name it; empty where none of them knows it."""
         return ""

@@ -44,6 +44,10 @@ class Dense(Form):
         return cls(torch.empty(shape_of(description), dtype=dtype, device="meta"))
 
     @property
+    def plain(self) -> Tensor | None:
+        return self.weight
+
+    @property
     def storage(self) -> str:
         return "dense"
 

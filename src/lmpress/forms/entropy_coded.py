@@ -180,6 +180,10 @@ class EntropyCoded(Form):
         return cls(payload, chunks, model, *empty_scales(shape, description), shape, per_chunk, itemsize)
 
     @property
+    def nominal_bits(self) -> float:
+        return self.bits_per_weight
+
+    @property
     def formula(self) -> str:
         return f"ec{self.bits_per_weight:.2f}" if self.payload.numel() else "ec"
 

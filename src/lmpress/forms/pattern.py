@@ -51,6 +51,11 @@ class Pattern(ABC):
     def name(self) -> str:
         """A short name for tables: `2:4`, or the share kept."""
 
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(n, m) where n of every m neighbours are kept; None where nothing is regular."""
+        return None
+
     @abstractmethod
     def mask(self) -> Tensor:
         """bool (out, in), true where an entry is kept."""
@@ -150,6 +155,10 @@ class NofM(Pattern):
     @property
     def name(self) -> str:
         return f"{self.n}:{self.m}"
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        return self.n, self.m
 
     def ranks(self) -> Tensor:
         """The rank of the subset of every group, int64 (out, in / m)."""

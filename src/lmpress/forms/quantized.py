@@ -167,6 +167,10 @@ class Quantized(Form):
         return cls(packed, scale, zero, bits, columns)
 
     @property
+    def nominal_bits(self) -> float:
+        return float(self.bits)
+
+    @property
     def storage(self) -> str:
         return "row scales" if self.scale.shape[1] == 1 else "group scales"
 

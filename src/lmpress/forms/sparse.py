@@ -74,6 +74,10 @@ class Sparse(Form):
         return self.pattern.shape
 
     @property
+    def mask(self) -> Tensor:
+        return self.pattern.mask()
+
+    @property
     def density(self) -> float:
         """Kept entries over all entries."""
         return self.pattern.kept / max(1, self.shape[0] * self.shape[1])

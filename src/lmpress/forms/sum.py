@@ -36,6 +36,10 @@ class Sum(Form):
             total = total + term.dense(wide)
         return total.to(dtype)
 
+    @property
+    def addends(self) -> tuple[Form, ...]:
+        return self.terms
+
     def parts(self) -> tuple[Part, ...]:
         return tuple(Part(f"term{i}", term) for i, term in enumerate(self.terms))
 

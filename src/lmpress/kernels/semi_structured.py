@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from lmpress.forms import Dense, Form, NofM, Sparse, Sum
+from lmpress.forms import Form, Sparse
 from lmpress.kernels.dispatch import run
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -27,8 +27,8 @@ CAPABILITY = (8, 0)
 
 def suits(form: Form) -> bool:
     """Whether `form` is 2:4 sparse in 16 bits, or a sum with such a term, on a device that runs it fast."""
-    if isinstance(form, Sum):
-        return any(suits(term) for term in form.terms)
+    if len(form.addends) > 1:
+        return any(suits(term) for term in form.addends)
     if not _packable(form, "cuda"):
         return False
     weight = form.values.tensors()["weight"]
@@ -51,11 +51,8 @@ class SemiStructured:
         self._packed: Tensor | None = None
 
     def __call__(self, form: Form, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if isinstance(form, Sum):
-            y = self(form.terms[0], x)
-            for term in form.terms[1:]:
-                y = y + self(term, x)
-            return y
+        if len(form.addends) > 1:
+            return form.run_by(self, x)
         if not _packable(form, self.device):
             return run(form, x)
         weight = form.values.tensors()["weight"]
@@ -79,13 +76,11 @@ class SemiStructured:
 
 def _packable(form: Form, device: str) -> TypeGuard[Sparse]:
     """Whether torch can pack a form that lies on a device of this type."""
-    if not (isinstance(form, Sparse) and isinstance(form.values, Dense) and form.scale is None):
+    if not isinstance(form, Sparse) or form.values.plain is None or form.scale is not None:
         return False
-    pattern, weight = form.pattern, form.values.weight
-    kept = isinstance(pattern, NofM) and (pattern.n, pattern.m) == (2, 4)
-    rows, columns = form.shape
+    weight, (rows, columns) = form.values.plain, form.shape
     fits = bool(rows and columns) and rows % ROWS == 0 and columns % COLUMNS == 0
-    return kept and fits and weight.device.type == device and weight.dtype in HALVES
+    return form.pattern.group == (2, 4) and fits and weight.device.type == device and weight.dtype in HALVES
 
 
 @lru_cache

@@ -88,7 +88,7 @@ def low_rank_correction(
     hessian = None if statistics is None or statistics.hessian is None else statistics.hessian
     metric = torch.eye(weight.shape[1]) if hessian is None else hessian
     metric = metric.to(weight.device, torch.float32)
-    terms = form.terms if isinstance(form, Sum) else (form,)
+    terms = form.addends
     report: dict[str, Any] = {
         "rank": correction.rank,
         "metric": options.metric,

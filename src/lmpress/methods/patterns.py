@@ -138,5 +138,4 @@ def dense_quantized_form(codes: Tensor, mask: Tensor, grid: Grid) -> Quantized:
 
 def survivors(form: Form) -> tuple[Tensor, Tensor]:
     """The matrix (out, in) in float32 and its mask: the pattern of a `Sparse` form, else what is not zero."""
-    dense = form.dense()
-    return dense, form.pattern.mask() if isinstance(form, Sparse) else dense != 0
+    return form.dense(), form.mask

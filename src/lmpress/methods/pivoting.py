@@ -68,7 +68,8 @@ def pivot(low_rank: LowRank, options: PivotOptions | None = None) -> Rewritten:
     chosen, coefficients, swaps = pivot_rows(left, options.largest_coefficient)
     if coefficients is None:
         return Rewritten(low_rank, report | {"reason": "the left factor has not its full rank"})
-    dtype = low_rank.left.weight.dtype if isinstance(low_rank.left, Dense) else torch.float32
+    plain = low_rank.left.plain
+    dtype = torch.float32 if plain is None else plain.dtype
     basis = left[chosen] @ right
     form = Pivoted.from_parts(Dense(basis.to(dtype)), Dense(coefficients.to(dtype)), chosen)
     exact = left @ right

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lmpress.forms import Form, Sparse
+from lmpress.forms import Form
 from lmpress.methods.checks import check_layer
 from lmpress.methods.gptq import asymmetric_target
 from lmpress.methods.hessian import InverseFactor, damped_inverse_factor, feed_back, relative_loss
@@ -210,7 +210,7 @@ def _solve(
     form = solver.form(dtype)
     report: dict[str, Any] = {
         **factor.report(),
-        "density": form.density if isinstance(form, Sparse) else float((form.dense() != 0).float().mean()),
+        "density": form.density,
         "output_error": relative_loss(target, form.dense(), hessian),
     }
     if grid is not None:

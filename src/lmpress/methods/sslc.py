@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lmpress.forms import Dense, Form, LowRank, Sparse, Sum
+from lmpress.forms import Dense, Form, LowRank, Sum
 from lmpress.methods.alps import Admm, Metric, moved_target, refit
 from lmpress.methods.checks import check_layer
 from lmpress.methods.hessian import relative_loss
@@ -177,11 +177,10 @@ def split_budget(
 
 def parameters(form: Form) -> dict[str, Any]:
     """What a form of sparse and low-rank terms keeps: `rank`, `density`, and the share of `parameters`."""
-    terms = form.terms if isinstance(form, Sum) else (form,)
     m, n = form.shape
-    kept = sum(term.pattern.kept for term in terms if isinstance(term, Sparse))
-    rank = sum(term.rank for term in terms if isinstance(term, LowRank))
     size = max(1, m * n)
+    kept = sum(round(term.density * size) for term in form.addends if not term.is_product)
+    rank = sum(term.parts()[0].form.shape[0] for term in form.addends if term.is_product)
     return {"rank": rank, "density": kept / size, "parameters": (kept + rank * (m + n)) / size}
 
 

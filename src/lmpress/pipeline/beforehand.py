@@ -127,16 +127,16 @@ class Beforehand:
         for index, budget in budgets_of(plan).items():
             if budget.gradients:
                 continue
-            entry = self.journal.find("survey")
-            if entry is None:
+            told = (self.journal.find("survey") or {"survey": {}})["survey"]
+            if str(index) not in told:
                 assert text is not None
                 part = self._part(text, survey_samples(text.windows.shape[0]))
                 stream = setting.stream(part, outer(), weights)
                 with _failing():
                     given = look_forwards(budget, plan.layout, stream, partial(self._unpruned, index))
-                entry = {"survey": given}
-                self.journal.append(entry)
-            allocation = allocation.with_budget(index, budget, entry["survey"])
+                told = {**told, str(index): given}
+                self.journal.append({"survey": told})
+            allocation = allocation.with_budget(index, budget, told[str(index)])
         return allocation
 
     def _asked(self, name: str, file: str, key: str | None, make: Callable[[], Survey]) -> Survey:

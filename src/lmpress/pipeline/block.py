@@ -16,11 +16,11 @@ from lmpress.errors import LmpressError
 from lmpress.families import BlockLayout, Site
 from lmpress.forms import Dense, Form
 from lmpress.methods.damping import LinAlgError
-from lmpress.pipeline.feeds import Fed, feed_with
 from lmpress.pipeline.reports import error_report, plain_report
 from lmpress.plan import Plan
 from lmpress.recipes import FormStep, Junction, LeafContext, SiteStep
 from lmpress.source import bias_of, current_form, run_as_restored, set_form, store
+from lmpress.source.feeds import Fed, feed_with
 from lmpress.statistics import Channels
 from lmpress.stream import Gathered, Walk
 from lmpress.survey import Shares

@@ -18,6 +18,8 @@ def rewrite_outer(form: Form, name: str, plan: Plan, metric: TableMetric | None 
         metric: what errors in it cost; None where no step asks.
     """
     before, reports = form, []
+    if metric is not None:
+        metric = metric.to(form.dense().device)
     for index, step in plan.form_steps(name):
         known = metric if step.weighs_tokens else None
         context = LeafContext(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lmpress.checkpoint import sha256_file, write_tensors
@@ -41,7 +42,7 @@ from lmpress.source import (
     restored_block,
     restored_outer,
 )
-from lmpress.stream import IN_FLIGHT, BlockStream, Walk
+from lmpress.stream import BlockStream, Walk
 from lmpress.stream.text import CalibrationText
 from lmpress.survey import Allocation
 from lmpress.version import __version__
@@ -61,9 +62,6 @@ class Streams:
 
     compressed: BlockStream | None = None
     dense: BlockStream | None = None
-
-    def __iter__(self) -> Iterator[BlockStream]:
-        return iter([each for each in (self.compressed, self.dense) if each is not None])
 
 
 @dataclass
@@ -191,7 +189,7 @@ class Run:
         report: dict[str, Any] = {}
         for name in self.plan.outer:
             if self.plan.modules[name].steps:
-                weight = tensors[f"{name}.weight"].float()
+                weight = tensors[f"{name}.weight"].to(self.setting.device, torch.float32)
                 try:
                     metric = allocation.table(name, self.source.layout)
                     rewritten = rewrite_outer(Dense(weight), name, self.plan, metric)
@@ -236,15 +234,11 @@ class Run:
     @contextmanager
     def _walks(self, index: int, streams: Streams) -> Iterator[BlockTask]:
         """One block to rewrite, with the texts on their way through it."""
-        memory = IN_FLIGHT if self.options.memory is None else self.options.memory // 4
-        if self.setting.device.type != "cpu":
-            memory = min(memory, IN_FLIGHT)  # the limit is the host's, and batches wait on the device
-        memory //= max(1, len(list(streams)))
         task = BlockTask(self.plan, index, self.setting.dense_block(index), rest=self.source.dtype)
         if streams.compressed is not None:
-            task.walk = Walk(streams.compressed.block(index), task.block, memory)
+            task.walk = Walk(streams.compressed.block(index), task.block)
         if streams.dense is not None:
-            task.original = Walk(streams.dense.block(index), self.setting.dense_block(index), memory)
+            task.original = Walk(streams.dense.block(index), self.setting.dense_block(index))
         try:
             yield task
         finally:

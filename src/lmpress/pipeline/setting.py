@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmpress.plan import Plan
 from lmpress.source import ModelSource, dense_block, dense_outer
-from lmpress.stream import BlockStream
+from lmpress.stream import IN_FLIGHT, BlockStream
 from lmpress.stream.text import CalibrationText, products_in
 
 BATCH = 4096
@@ -74,6 +74,13 @@ class Setting:
         """The dense model with what stands outside its blocks."""
         return dense_outer(self.source, self.device)
 
+    def _in_flight(self) -> int:
+        """Bytes that the batches of one stream may hold while they wait inside a block."""
+        memory = IN_FLIGHT if self.options.memory is None else self.options.memory // 4
+        if self.device.type != "cpu":
+            memory = min(memory, IN_FLIGHT)  # the limit is the host's, and batches wait on the device
+        return memory // (2 if self.plan.needs_original else 1)
+
     def stream(
         self, text: CalibrationText, outer: Any, weights: Mapping[str, Tensor] | None = None
     ) -> BlockStream:
@@ -91,6 +98,7 @@ class Setting:
             budget=None if self.options.memory is None else self.options.memory // 4,
             directory=self.work,
             device=self.device,
+            in_flight=self._in_flight(),
             precision=self.precision,
             weights=weights,
         )

@@ -34,6 +34,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
             plan = _over_sites(plan, index, over_sites[index])
         elif step.scope == "modules":
             plan = _over_modules(plan, index)
+    _check_sites(plan)
     return replace(plan, predicted=predict(plan, source))
 
 
@@ -72,6 +73,22 @@ def _over_sites(plan: Plan, index: int, step: SiteStep) -> Plan:
     if len(sites) == len(plan.sites) and not any(index in steps for steps in sites.values()):
         raise RequestError(f"{plan.place(index)} finds no site to work at in this model")
     return replace(plan, sites=sites)
+
+
+def _check_sites(plan: Plan) -> None:
+    """RequestError where a step over sites works for a later one that does not come."""
+    layout = plan.layout
+    for index, step in plan.recipe.site_steps:
+        later = [
+            plan.step(i)
+            for block in range(layout.num_blocks)
+            for site in step.sites(layout.block(block))
+            for linear in site.linears
+            for i in plan.modules[f"{layout.block_name(block)}.{linear}"].steps
+        ]
+        fault = step.lacks(later)
+        if fault is not None:
+            raise RequestError(f"{plan.place(index)}: {fault}")
 
 
 def module_shapes(source: ModelSource) -> dict[str, tuple[int, int]]:

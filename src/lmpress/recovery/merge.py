@@ -36,8 +36,7 @@ def refit(leaf: Form, weight: Tensor) -> Form:
 def as_term(form: Form, left: Tensor, right: Tensor, dtype: torch.dtype) -> Form:
     """`Sum(form, LowRank(left, right))`: the update is kept, stored in `dtype`, and counted."""
     update = LowRank(Dense(left.to(dtype)), Dense(right.to(dtype)))
-    terms = form.terms if isinstance(form, Sum) else (form,)
-    return Sum((*terms, update))
+    return Sum((*form.addends, update))
 
 
 def requantized(weight: Tensor, like: Quantized) -> Form:

@@ -44,13 +44,6 @@ class Channels:
             kept = later.kept if kept is None else kept[later.kept.to(kept.device)]
         return Channels(kept, scale)
 
-    def repeated(self, groups: int, repeats: int) -> Channels:
-        """Of rows (groups * d,) that each feed `repeats` channels, the channels (groups * repeats * d,)."""
-        if repeats == 1 or self.scale is None:
-            return self
-        scale = self.scale.view(groups, 1, -1).expand(-1, repeats, -1).reshape(-1)
-        return Channels(self.kept, scale)
-
 
 def pooled(values: Tensor, groups: int, repeats: int) -> Tensor:
     """The largest of the values of channels that a row feeds: (groups * repeats * d,) -> (groups * d,)."""

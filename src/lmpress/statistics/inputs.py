@@ -58,6 +58,15 @@ class InputStatistics:
         hessian = (hessian + hessian.T) / 2
         return InputStatistics(self.count, mean, hessian.diagonal().clone(), None, hessian)
 
+    def to(self, device: torch.device) -> InputStatistics:
+        """The same on another device."""
+        moved = {
+            name: value.to(device)
+            for name in ("mean", "second_moment", "abs_mean", "hessian")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
     def select(self, index: Tensor) -> InputStatistics:
         """Statistics of `x[index]`: what is left after channels were removed."""
         return replace(

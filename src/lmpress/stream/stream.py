@@ -15,6 +15,9 @@ from lmpress.families import BlockLayout, Layout, Site
 from lmpress.source import ModelSource
 from lmpress.stream.activations import Activations
 
+IN_FLIGHT = 2 << 30
+"""Bytes that paused batches may hold where no limit was given."""
+
 
 class Stop(Exception):  # noqa: N818
     """Raised where the rest of a forward is not needed."""
@@ -38,6 +41,7 @@ class BlockStream:
         batch: windows that run together.
         budget: bytes of hidden states that may stay in memory.
         directory: where larger ones are spooled.
+        in_flight: bytes that batches may hold which wait inside a block.
         precision: what products inside the blocks are computed in; hidden states are in float32.
         weights: how much each position of a window counts, (seq_len,) by full name of the site; all alike
             at the sites that it lacks.
@@ -52,6 +56,7 @@ class BlockStream:
         budget: int | None = None,
         directory: Path | None = None,
         device: torch.device | str = "cpu",
+        in_flight: int = IN_FLIGHT,
         precision: torch.dtype = torch.float32,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -60,10 +65,11 @@ class BlockStream:
         self.windows = windows
         self.batch = batch
         self.device = torch.device(device)
+        self.budget, self.directory, self.in_flight = budget, directory or Path(), in_flight
         self.precision = precision
         self.weights = weights or {}
         self.calls: dict[tuple[int, int], Call] = {}  # by block and windows
-        self._enter(outer, budget, directory or Path())
+        self._enter(outer)
 
     def block(self, index: int) -> StreamBlock:
         """The stream in front of block `index`: blocks of one model may be called differently."""
@@ -78,10 +84,14 @@ class BlockStream:
             count += states.shape[:-1].numel()
         return total / max(1, count)
 
-    def _enter(self, outer: Any, budget: int | None, directory: Path) -> None:
+    def room(self, width: int) -> Activations:
+        """Room for numbers of that width at every token, in memory or, past the budget, on disk."""
+        samples, tokens = self.windows.shape
+        return Activations((samples, tokens, width), self.budget, self.directory)
+
+    def _enter(self, outer: Any) -> None:
         """Run what stands before the blocks, and learn how the model calls them."""
-        shape = (*self.windows.shape, outer.config.hidden_size)
-        self.states = Activations(shape, budget, directory)
+        self.states = self.room(outer.config.hidden_size)
         with replaced_blocks(outer, self.layout, self._caught):
             for rows in self.batches():
                 self._rows = rows

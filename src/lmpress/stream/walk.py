@@ -25,9 +25,6 @@ from lmpress.stream.stream import Stop, StreamBlock
 SAMPLE_TOKENS = 512
 """Input rows kept of every site, to measure how far a rewritten linear strays."""
 
-IN_FLIGHT = 2 << 30
-"""Bytes that paused batches may hold where no limit was given."""
-
 RESIDUALS = 4
 """Tensors of the width of the model that a paused batch holds, about, beside the input of the site."""
 
@@ -55,14 +52,15 @@ class Walk:
     Args:
         at: the text in front of the block.
         block: its linears may be replaced between two sites.
-        memory: bytes that paused batches may hold; 0 to reach every site from the entrance.
+        memory: bytes that paused batches may hold; 0 to reach every site from the entrance, None for what
+            the stream allows.
     """
 
-    def __init__(self, at: StreamBlock, block: nn.Module, memory: int = IN_FLIGHT) -> None:
+    def __init__(self, at: StreamBlock, block: nn.Module, memory: int | None = None) -> None:
         self.at, self.stream, self._block = at, at.stream, block
         self._rows = list(self.stream.batches())
         self._runs: list[greenlet] | None = None
-        if _held(at, block) <= memory:
+        if _held(at, block) <= (self.stream.in_flight if memory is None else memory):
             self._runs = [greenlet(self._through) for _ in self._rows]
 
     def gather(

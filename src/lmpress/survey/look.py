@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lmpress.families import Layout
@@ -16,7 +17,7 @@ from lmpress.plan import Plan
 from lmpress.progress import track
 from lmpress.source import bias_of, current_form
 from lmpress.statistics import InputStatistics
-from lmpress.stream import BlockStream, Walk
+from lmpress.stream import Activations, BlockStream, Walk
 from lmpress.survey.budgets import BUDGETS, Budget, Pool, Sight
 from lmpress.survey.sensitivity import entrances, head_statistics, sensitivities
 from lmpress.survey.tables import HEAD, LOOKED_UP, TOKENS, multiplier
@@ -100,9 +101,17 @@ def look_backwards(
             sensitivity |= {TOKENS: tokens, HEAD: head.require_hessian().cpu()}
         gradients = sensitivities(stream, outer, entered, load, seen, seed)
     if tables:
-        sensitivity[LOOKED_UP] = gradients.square().mean((0, 1)) * multiplier(outer, layout) ** 2
+        sensitivity[LOOKED_UP] = _mean_square(gradients, stream) * multiplier(outer, layout) ** 2
     given = {str(index): budget.give_out(told[index]) for index, budget in budgets.items()}
     return {"tokens": stream.windows.numel(), "budgets": given}, sensitivity
+
+
+def _mean_square(gradients: Activations, stream: BlockStream) -> Tensor:
+    """Of gradients (samples, seq_len, width) by component, float32 (width,)."""
+    total = torch.zeros(gradients.shape[2], dtype=torch.float64)
+    for rows in stream.batches():
+        total += gradients[rows].double().square().sum((0, 1))
+    return (total / (gradients.shape[0] * gradients.shape[1])).float()
 
 
 def look_forwards(

@@ -23,29 +23,28 @@ from lmpress.statistics import InputStatistics, StatisticsAccumulator
 from lmpress.stream import Activations, BlockStream, Spooled, StreamBlock, replaced_blocks
 
 
-def entrance_gradient(
-    outer: Any, layout: Layout, windows: Tensor, states: Activations, seed: int, device: torch.device
-) -> Tensor:
+def entrance_gradient(outer: Any, stream: BlockStream, seed: int) -> Activations:
     """The gradient of the loss, summed over the tokens, by the hidden states behind the last block.
 
     Args:
         outer: the model, everything outside its blocks real.
-        windows: token ids (samples, seq_len).
-        states: behind the last block, (samples, seq_len, width).
+        stream: behind the last block.
 
     Returns:
-        float32 (samples, seq_len, width).
+        float32 (samples, seq_len, width), in memory as far as the stream's budget goes.
     """
+    device, windows = stream.device, stream.windows
     generator = torch.Generator(device).manual_seed(seed)
-    gradients = torch.empty(states.shape)
+    gradients = stream.room(stream.states.shape[2])
     for i in range(windows.shape[0]):  # one window at a time: its logits are wide
-        last = states[slice(i, i + 1)].to(device).requires_grad_(True)
+        window = slice(i, i + 1)
+        last = stream.states[window].to(device).requires_grad_(True)
         with torch.enable_grad():
-            logits = _logits(outer, layout, windows[i : i + 1].to(device), last)
+            logits = _logits(outer, stream.layout, windows[window].to(device), last)
             labels = _drawn(logits.detach(), generator)
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, last)
-        gradients[i] = gradient[0].float().cpu()
+        gradients[window] = gradient.float().cpu()
     return gradients
 
 
@@ -108,7 +107,7 @@ def squared_gradients(
     at: StreamBlock,
     block: nn.Module,
     entrance: Activations | Spooled,
-    gradients: Tensor,
+    gradients: Activations,
     inputs: Mapping[str, StatisticsAccumulator] | None = None,
     positions: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
@@ -141,7 +140,7 @@ def squared_gradients(
             with stream.forwards(gradients=True):
                 output = at.call(block, rows, states)
                 (gradient,) = torch.autograd.grad(output, states, gradients[rows].to(output))
-            gradients[rows] = gradient.to(gradients)
+            gradients[rows] = gradient
             tokens += states.shape[0] * states.shape[1]
     finally:
         for handle in handles:
@@ -198,7 +197,7 @@ def sensitivities(
     load: Callable[[int], nn.Module],
     seen: Callable[[int, nn.Module, Mapping[str, Tensor], Mapping[str, InputStatistics]], None],
     seed: int,
-) -> Tensor:
+) -> Activations:
     """Go back through all blocks, the last one first.
 
     Args:
@@ -212,7 +211,7 @@ def sensitivities(
         the gradients by the hidden states in front of the first block, (samples, seq_len, width).
     """
     layout = stream.layout
-    gradients = entrance_gradient(outer, layout, stream.windows, stream.states, seed, stream.device)
+    gradients = entrance_gradient(outer, stream, seed)
     for i in track(range(layout.num_blocks - 1, -1, -1), "Sensitivity of the blocks"):
         block, at = load(i), stream.block(i)
         firsts = {site.linears[0]: site for site in at.layout.sites}

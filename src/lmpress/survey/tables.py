@@ -34,6 +34,10 @@ class TableMetric:
     probability: Tensor
     statistics: InputStatistics
 
+    def to(self, device: torch.device) -> TableMetric:
+        """The same on another device."""
+        return TableMetric(self.probability.to(device), self.statistics.to(device))
+
 
 def table_metric(
     name: str, layout: Layout, sensitivity: Mapping[str, Tensor], tokens: int

@@ -46,7 +46,7 @@ def position_weights(
     layout = stream.layout
     weights: dict[str, Tensor] = {}
     with entrances(stream, load, directory, "Weighing positions, forwards") as entered:
-        gradients = entrance_gradient(outer, layout, stream.windows, stream.states, seed, stream.device)
+        gradients = entrance_gradient(outer, stream, seed)
         for i in track(range(layout.num_blocks - 1, -1, -1), "Weighing positions, backwards"):
             squares: dict[str, Tensor] = {}
             squared_gradients(stream.block(i), load(i), entered[i], gradients, positions=squares)

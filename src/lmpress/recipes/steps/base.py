@@ -296,6 +296,10 @@ class SiteStep(Step, ABC):
         """Of what the number of inputs that it leaves of a linear is a multiple; 0 where it takes none."""
         return 0
 
+    def lacks(self, later: Sequence[Step]) -> str | None:
+        """What is missing among the `later` steps on the linears that it works at; None where nothing is."""
+        return None
+
     @abstractmethod
     def rewrite_site(self, junction: Junction) -> SiteRewritten | None:
         """The new readers of the site, and what became of its channels; None to leave all as it is."""

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from lmpress.forms import Dense, Form, NofM, Sparse
+from lmpress.forms import Form, Sparse
 from lmpress.methods.entropy_quantization import EntropyOptions, entropy_quantize
 from lmpress.methods.entropy_table import entropy_round
 from lmpress.methods.gptq import GptqOptions, gptq
@@ -141,7 +141,8 @@ class Quantize(_Codes):
 
     def grid(self) -> RoundOptions | None:
         bits = min(8, max(2, round(self.bits)))
-        return self.told(RoundOptions, bits=bits, granularity="channel" if self.hybrid else self.granularity)
+        granularity = "channel" if self.hybrid else self.granularity
+        return self.told(RoundOptions, bits=bits, granularity=granularity, clip=False)
 
     def conflict(self, earlier: Sequence[Step]) -> str | None:
         for s in earlier:
@@ -171,23 +172,24 @@ class Quantize(_Codes):
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
         granularity = context.granularity or self.granularity
         bits = self.uniform_bits if context.share is None else int(context.share)
-        if isinstance(leaf, Sparse) and isinstance(leaf.values, Dense):
+        weight = leaf.plain
+        if isinstance(leaf, Sparse) and leaf.values.plain is not None:
             return self._survivors(leaf, statistics, granularity, bits)
-        if not isinstance(leaf, Dense):
+        if weight is None:
             raise ValueError(f"quantize takes dense weights, and this one is already {leaf.formula}")
         if self.solver == "gptq" and statistics is not None:
             solver = self.told(GptqOptions, bits=bits, granularity=granularity)
             cross = context.cross if self.needs_original else None
-            return gptq(leaf.weight.float(), statistics, solver, cross)
+            return gptq(weight.float(), statistics, solver, cross)
         grid = self.told(RoundOptions, bits=bits, granularity=granularity)
-        return round_to_nearest(leaf.weight, statistics, grid)
+        return round_to_nearest(weight, statistics, grid)
 
     def _survivors(
         self, form: Sparse, statistics: InputStatistics | None, granularity: str, bits: int
     ) -> Rewritten:
         if self.solver != "gptq" or statistics is None:
             raise ValueError(SURVIVORS_NEED_GPTQ)
-        pattern = form.pattern.name if isinstance(form.pattern, NofM) else "unstructured"
+        pattern = "unstructured" if form.pattern.group is None else form.pattern.name
         options = self.told(SparseGptOptions, pattern=pattern, bits=bits, granularity=granularity)
         return quantize_survivors(form, statistics, options)
 
@@ -259,17 +261,18 @@ class EntropyQuantize(_Codes):
         return (probability.float() + least).pow(self.token_weight)
 
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
-        if not isinstance(leaf, Dense):
+        weight = leaf.plain
+        if weight is None:
             raise ValueError(f"entropy_quantize takes dense weights, and this one is {leaf.formula}")
         if context.share is None:  # a table of its own
             rows = self._rows(context.probability)
             return entropy_round(
-                leaf.weight.float(), self.bits, self.options(), sensitivity=rows, statistics=statistics
+                weight.float(), self.bits, self.options(), sensitivity=rows, statistics=statistics
             )
         if statistics is None:
             raise ValueError("entropy_quantize needs the Hessian of the input")
         return entropy_quantize(
-            leaf.weight.float(),
+            weight.float(),
             statistics,
             context.share,
             self.options(),

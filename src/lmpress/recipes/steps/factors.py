@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from lmpress.forms import Dense, Form, LowRank, Sum
+from lmpress.forms import Form, LowRank, Sum
 from lmpress.methods.asvd import AsvdOptions, asvd
 from lmpress.methods.low_rank_correction import CorrectionOptions, low_rank_correction
 from lmpress.methods.pivoting import PivotOptions, pivot
@@ -114,18 +115,21 @@ class Svd(LeafStep):
         return f"multiples of {self.multiple_of}", f"let svd have multiple_of: {size}"
 
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
-        if not isinstance(leaf, Dense):
+        weight = leaf.plain
+        if weight is None:
             raise ValueError(f"svd factors dense weights, and this one is {leaf.formula}; put svd earlier")
         if self.method != "svd":
-            return self._other(leaf, statistics, context)
-        return svd(leaf.weight, statistics, self.told(SvdOptions, paper=self.rule == "paper"))
+            return self._other(leaf, weight, statistics, context)
+        return svd(weight, statistics, self.told(SvdOptions, paper=self.rule == "paper"))
 
-    def _other(self, leaf: Dense, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
+    def _other(
+        self, leaf: Form, weight: Tensor, statistics: InputStatistics | None, context: LeafContext
+    ) -> Rewritten:
         assert self.ratio is not None
         if statistics is None:
             raise ValueError(f"svd by method: {self.method} needs calibration text")
         if self.method == "asvd":
-            return asvd(leaf.weight, statistics, self.told(AsvdOptions))
+            return asvd(weight, statistics, self.told(AsvdOptions))
         rank = None if context.share is None else self._paying(int(context.share), leaf.shape, context)
         if rank == 0:
             return Rewritten(leaf, {"rank": None, "reason": "the budget leaves this weight dense"})
@@ -133,7 +137,7 @@ class Svd(LeafStep):
         weights = context.sensitivity if self.allocation == "sensitivity" else None
         rows = None if weights is None else row_weights(weights)
         cross = context.cross if self.needs_original else None
-        return svd_llm(leaf.weight, statistics, options, cross, rows)
+        return svd_llm(weight, statistics, options, cross, rows)
 
     @staticmethod
     def _paying(rank: int, shape: tuple[int, int], context: LeafContext) -> int:
@@ -175,12 +179,12 @@ class Pivot(FormStep):
         return replace(outline, exact=False)  # fewer numbers, or as many where pivoting is not safe
 
     def rewrite(self, form: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
-        if isinstance(form, Sum):
-            parts = [self.rewrite(term, statistics, context) for term in form.terms]
+        if len(form.addends) > 1:
+            parts = [self.rewrite(term, statistics, context) for term in form.addends]
             return Rewritten(Sum(tuple(p.form for p in parts)), {"terms": [p.report for p in parts]})
         if not isinstance(form, LowRank):
             return Rewritten(form, {"reason": f"no factors: this is {form.formula}"})
-        if not (isinstance(form.left, Dense) and isinstance(form.right, Dense)):
+        if form.left.plain is None or form.right.plain is None:
             raise ValueError(f"pivot takes dense factors, and this is {form.formula}; put pivot earlier")
         result = pivot(form, self.told(PivotOptions))
         lost = result.report.get("bits_lost", 0.0)

@@ -33,6 +33,11 @@ class Awq(SiteStep):
         before = forms_before(earlier)
         return f"awq comes before {before} of the same modules" if before else None
 
+    def lacks(self, later: Sequence[Step]) -> str | None:
+        if any(step.grid() is not None for step in later):
+            return None
+        return "awq scales weights for a `quantize` of the same modules, and none follows"
+
     def sites(self, block: BlockLayout) -> tuple[Site, ...]:
         wanted = set(block.group(self.targets))
         return tuple(site for site in block.sites if site.feed and wanted.issuperset(site.linears))

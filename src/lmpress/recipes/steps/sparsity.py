@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from lmpress.forms import Dense, Form
+from lmpress.forms import Form
 from lmpress.methods.alps import AlpsOptions, alps
 from lmpress.methods.low_rank_correction import CorrectionOptions
 from lmpress.methods.patterns import check_grid_fits, parse_pattern
@@ -224,9 +224,9 @@ class Sparsify(_Sparse):
         return replace(grid, kept=round(density * m * n))
 
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
-        if not isinstance(leaf, Dense):
+        weight = leaf.plain
+        if weight is None:
             raise ValueError(f"sparsify takes dense weights, and this one is {leaf.formula}; put it earlier")
-        weight = leaf.weight
         if self.method in ("wanda", "magnitude"):
             per_row = self.method == "wanda"  # magnitude compares over the whole matrix
             return wanda(weight, statistics, WandaOptions(self.share, self.pattern, self.method, per_row))
@@ -328,11 +328,12 @@ class SparseLowRank(_Sparse):
         return "whatever the budget leaves", "take granularity: channel, or the bits of sparse_low_rank"
 
     def rewrite_leaf(self, leaf: Form, statistics: InputStatistics | None, context: LeafContext) -> Rewritten:
-        if not isinstance(leaf, Dense):
+        weight = leaf.plain
+        if weight is None:
             raise ValueError(
                 f"sparse_low_rank takes dense weights, and this one is {leaf.formula}; put it earlier"
             )
         if statistics is None:
             raise ValueError("sparse_low_rank needs calibration text")
         options = self.options(context.seed, self.removed(context))
-        return sslc(leaf.weight, statistics, options, *self.guides(context))
+        return sslc(weight, statistics, options, *self.guides(context))

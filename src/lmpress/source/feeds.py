@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmpress.families import BlockLayout, Feed, Norm, Rows, Site
-from lmpress.source import bias_of, current_form
+from lmpress.source.blocks import bias_of, current_form
 from lmpress.statistics import Channels
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lmpress.families import BlockLayout, Feed, Site
 from lmpress.forms import Dense
-from lmpress.pipeline.feeds import Fed, feed_with
 from lmpress.source import ModelSource, dense_block, dense_outer, open_source, set_form
+from lmpress.source.feeds import Fed, feed_with
 from lmpress.statistics import Channels
 from lmpress.stream import BlockStream
 from tests.tiny import TINY
