@@ -121,6 +121,17 @@ def test_dequantize_gives_a_stock_model(
         assert float(done.stdout) == pytest.approx(own, rel=1e-4, abs=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
+def test_dequantize_to_another_type_casts_all_of_the_model(
+    dtype: torch.dtype | str, compressed: Callable[[str], Path]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed("llama"), dtype=torch.float32)
+    before = logits(model)
+    after = logits(model.dequantize(dtype))
+    assert {parameter.dtype for parameter in model.parameters()} == {after.dtype}
+    assert float((after.float() - before).norm() / before.norm()) < 0.05
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_and_device_map(family: str, compressed: Callable[[str], Path]) -> None:
     exact = logits(AutoModelForCausalLM.from_pretrained(compressed(family), dtype=torch.float32))

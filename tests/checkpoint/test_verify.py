@@ -7,9 +7,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
 
 import lmpress
 from lmpress.api import inspect, write_card
@@ -84,16 +86,33 @@ def test_a_plan_that_was_tampered_with(copy: Path, key: str, value: object, word
         lmpress.load(copy)
 
 
-def test_a_manifest_that_is_gone_or_broken(copy: Path) -> None:
+def test_a_manifest_that_is_broken(copy: Path) -> None:
     (copy / "lmpress.json").write_text("{")
     with pytest.raises(RequestError, match="broken"):
         lmpress.load(copy)
+
+
+def test_without_a_manifest_no_hashes_are_compared_and_the_rest_is(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (copy / "lmpress.json").unlink()
-    with pytest.raises(RequestError, match="missing"):
+    lmpress.load(copy)
+    assert "no hashes are compared" in capsys.readouterr().err
+    data = (copy / SHARD).read_bytes()
+    (copy / SHARD).write_bytes(data[:-100])
+    with pytest.raises(RequestError, match="truncated"):
         lmpress.load(copy)
 
 
-@pytest.mark.parametrize("value", ["2", None, [1]])
+def test_saved_again_over_itself_it_says_what_to_delete(copy: Path) -> None:
+    lmpress.load(copy).save_pretrained(copy)
+    with pytest.raises(RequestError, match=r"does not know model\.safetensors: .*delete lmpress\.json"):
+        lmpress.load(copy)
+    (copy / "lmpress.json").unlink()
+    lmpress.load(copy)
+
+
+@pytest.mark.parametrize("value", ["2", None, [1], True])
 def test_a_version_that_is_no_number(copy: Path, value: object) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"]["version"] = value
@@ -116,6 +135,82 @@ def test_a_manifest_with_a_wrong_part(copy: Path, key: str, value: object) -> No
     (copy / "lmpress.json").write_text(json.dumps(manifest | {key: value}))
     with pytest.raises(RequestError, match=key):
         lmpress.load(copy)
+
+
+def edit_plan(copy: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    edit(config["quantization_config"])
+    (copy / "config.json").write_text(json.dumps(config))
+
+
+UP = {"form": "dense", "shape": [96, 64], "dtype": "float16"}
+
+
+def rename(quantization: dict[str, Any]) -> None:
+    quantization["plan"]["model.layers.0.mlp.upp_proj"] = quantization["plan"].pop(
+        "model.layers.0.mlp.up_proj"
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (rename, "model.layers.0.mlp.up"),
+        (lambda q: q["plan"].update({"model.layers.77.mlp.up_proj": UP}), "layers.77.mlp.up_proj.weight"),
+        (
+            lambda q: q["plan"]["model.layers.0.mlp.up_proj"].update(form="magic"),
+            "up_proj': unknown form 'magic'",
+        ),
+        (lambda q: q["plan"]["model.layers.0.mlp.up_proj"].update(bits=4), "up_proj.weight is I8 of shape"),
+        (lambda q: q.update(version="2"), "a format version is a number"),
+        (lambda q: q.update(version=99, plan={"x": {"form": "of tomorrow"}}), "format 99"),
+        (lambda q: q.update(plan=[1]), "a plan is an object"),
+    ],
+)
+def test_transformers_gives_one_line_as_well(copy: Path, edit: Any, words: str) -> None:
+    edit_plan(copy, edit)
+    for load in (lmpress.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(LmpressError) as refused:
+            load(copy)
+        assert words in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_weight_that_no_plan_names_is_missed(copy: Path) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    tensors = load_file(copy / SHARD)
+    del tensors[name]
+    save_file(tensors, copy / SHARD, metadata={"format": "pt"})
+    forge(copy)
+    for read in (lmpress.load, inspect):
+        with pytest.raises(RequestError, match=f"lacks the tensor {name} of a causal language model"):
+            read(copy)
+
+
+def test_a_model_without_its_head_gets_no_random_one(
+    compressed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    AutoModel.from_pretrained(compressed("llama-untied")).save_pretrained(tmp_path / "bare")
+    with pytest.raises(RequestError, match=r"lacks the tensor lm_head\.weight"):
+        lmpress.load(tmp_path / "bare")
+    AutoModel.from_pretrained(tmp_path / "bare")
+
+
+def test_transformers_gets_no_plan_of_another_model(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 255}))
+    for kind in (AutoModelForCausalLM, AutoModel):
+        with pytest.raises(RequestError, match=r"embed_tokens as .* and the config asks for \(255, 64\)"):
+            kind.from_pretrained(copy)
+
+
+def test_transformers_is_told_of_a_tensor_that_is_not_there(copy: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.scale"
+    tensors = load_file(copy / SHARD)
+    del tensors[name]
+    save_file(tensors, copy / SHARD, metadata={"format": "pt"})
+    with pytest.raises(RequestError, match=f"lacks the tensor {name}"):
+        AutoModelForCausalLM.from_pretrained(copy)
 
 
 def test_no_directory(tmp_path: Path) -> None:

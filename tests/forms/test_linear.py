@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from lmpress.forms import CompressedEmbedding, CompressedLinear, Dense, Form, LowRank, Quantized
+from lmpress.forms import (
+    CompressedEmbedding,
+    CompressedLinear,
+    Dense,
+    Form,
+    LowRank,
+    Quantized,
+    Sparse,
+    Sum,
+)
 from tests.forms.strategies import Example, examples
 
 GENERATOR = torch.Generator().manual_seed(7)
@@ -72,6 +84,63 @@ def test_a_replaced_parameter_rebinds() -> None:
 def test_the_form_is_bound_once() -> None:
     module = CompressedLinear(grid())
     assert module.form is module.form
+
+
+def test_no_thread_sees_the_form_of_another_threads_half_done_binding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = CompressedLinear(grid())
+    doubled = 2 * module.form.dense()
+    module.scale = 2 * module.scale
+    binding, go_on, bind = threading.Event(), threading.Event(), Quantized.with_tensors
+
+    def slowly(form: Quantized, tensors: Mapping[str, Tensor]) -> Quantized:
+        if not binding.is_set():  # the other thread, which comes first
+            binding.set()
+            assert go_on.wait(30)
+        return bind(form, tensors)
+
+    monkeypatch.setattr(Quantized, "with_tensors", slowly)
+    with ThreadPoolExecutor(1) as other:
+        late = other.submit(lambda: module.form)
+        assert binding.wait(30)
+        mine = module.form
+        go_on.set()
+        assert torch.equal(mine.dense(), doubled)
+        assert torch.equal(late.result().dense(), doubled)
+
+
+def test_many_threads_run_a_module_whose_scale_changes() -> None:
+    module, x = CompressedLinear(grid()), torch.ones(1, 16)
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        for factor in range(1, 30):
+            module.scale = torch.full_like(module.scale, float(factor))
+            expected = factor * grid().codes().float().sum(1)
+            for y in pool.map(module, [x] * 8):
+                torch.testing.assert_close(y[0], expected)
+
+
+def test_the_output_of_a_frozen_module_may_be_written_into() -> None:
+    module = CompressedLinear(grid(), runner=lambda form, x: (x @ form.dense().T).view(x.shape[0], -1))
+    x = torch.randn(2, 3, 16, generator=GENERATOR, requires_grad=True)
+    y = module(x)
+    y += 1  # as AdaLoRA does
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, grid().dense().sum(0).expand(2, 3, 16))
+
+
+def test_weights_off_the_pattern_are_stored_with_all_the_rest() -> None:
+    weight = torch.randn(6, 16, generator=GENERATOR)
+    sparse = Sparse.from_dense(weight, weight.abs() > 0.5)
+    module = CompressedLinear(Sum((sparse, LowRank(Dense(weight[:, :2]), Dense(weight[:2])))))
+    module.hold_resident()
+    on_pattern = module.form.dense()
+    assert module.stored_form.formula.startswith("Sparse")
+    module.form.tensors()["term0_weight"][weight.abs() > 0.5] *= 2
+    assert module.stored_form.formula.startswith("Sparse")
+    module.form.tensors()["term0_weight"] += 1
+    assert not torch.equal(module.form.dense(), on_pattern)
+    assert torch.equal(module.stored_form.dense(), module.form.dense())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -24,8 +24,8 @@ def load(directory: str | Path, *, verify: bool = True, resident: str | None = N
     """Load a checkpoint: `AutoModelForCausalLM.from_pretrained` behind a check of its files.
 
     Args:
-        directory: a checkpoint that lmpress wrote, or any dense model directory.
-        verify: compare the files' hashes with the manifest.
+        directory: a checkpoint that lmpress wrote, or `save_pretrained` of one, or any dense model directory.
+        verify: compare the files' hashes with the manifest; where there is none, a note says so.
         resident: how entropy-coded weights are kept in memory: `decoded` once, or `coded` as in the files and
             decoded in every call, which is slow. As config.json says where it is None, which is `decoded`
             unless somebody wrote it there. Saving the model again does not write it.

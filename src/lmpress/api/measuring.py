@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from lmpress.api.loading import load_any
 from lmpress.checkpoint import (
+    MANIFEST,
     is_compressed,
     model_card,
     read_manifest,
@@ -25,12 +28,15 @@ from lmpress.evaluation import (
     ModuleRow,
     TextProtocol,
     Timing,
+    bytes_16bit,
     check_windows,
     default_window,
     evaluate_models,
     module_table,
     refuse_seen_text,
     spq_text,
+    stored_bits_per_weight,
+    weight_bytes,
 )
 from lmpress.progress import note
 from lmpress.stream.text import CALIBRATION
@@ -156,6 +162,9 @@ def _evaluation_text(
 
 
 def _refuse_seen(checkpoint: Path, corpora: Sequence[Corpus], texts: Sequence[EvaluationText]) -> None:
+    if not (checkpoint / MANIFEST).exists():
+        note(f"{checkpoint} does not tell what text it was made with: text that was seen is not refused")
+        return
     manifest = read_manifest(checkpoint)
     record = manifest["calibration"]
     if not record:
@@ -186,13 +195,15 @@ def _ids_key(name: str) -> str:
 def inspect(directory: str | Path) -> tuple[dict[str, Any], list[ModuleRow]]:
     """What each module of a checkpoint became: (everything as JSON, the rows of the table).
 
+    Of a directory that `save_pretrained` wrote, the sizes are measured, and the rest of the manifest is null.
+
     Raises:
         RequestError: no checkpoint that lmpress wrote, or one that is damaged.
     """
     path = Path(directory)
     if not path.is_dir() or not is_compressed(path):
         raise RequestError(f"{path} is no checkpoint that lmpress wrote")
-    manifest = verify_checkpoint(path, full=False)
+    manifest = verify_checkpoint(path, full=False) or {"sizes": _sizes(path), "modules": {}}
     rows = module_table(path)
     unchanged: dict[str, int] = {}
     for report in manifest["modules"].values():
@@ -206,10 +217,24 @@ def inspect(directory: str | Path) -> tuple[dict[str, Any], list[ModuleRow]]:
     return told | {"unchanged": unchanged, "modules": manifest["modules"]}, rows
 
 
+def _sizes(path: Path) -> dict[str, Any]:
+    """What a manifest says of sizes, from the files themselves."""
+    config = AutoConfig.from_pretrained(path)
+    return {
+        "weight_bytes": weight_bytes(path),
+        "bytes_16bit": bytes_16bit(config),
+        "linear_bpw": stored_bits_per_weight(path, config),
+    }
+
+
 def check_card(directory: Path) -> None:
     """RequestError where there is no model card that can be written into."""
     if not is_compressed(directory):
         raise RequestError(f"{directory} is no checkpoint that lmpress wrote: it has no card to write into")
+    if not (directory / MANIFEST).exists():
+        raise RequestError(
+            f"{directory / MANIFEST} is missing, and a card is made from it (save_pretrained writes none)"
+        )
     if not os.access(directory, os.W_OK):
         raise RequestError(f"{directory}: permission denied; its card cannot be written into")
 

@@ -7,6 +7,7 @@ from lmpress.checkpoint.files import (
     MANIFEST,
     SINGLE,
     copy_file,
+    indexed_paths,
     is_plain_name,
     json_text,
     read_header,
@@ -21,8 +22,8 @@ from lmpress.checkpoint.files import (
 )
 from lmpress.checkpoint.gguf_header import read_gguf_header
 from lmpress.checkpoint.manifest import read_manifest
+from lmpress.checkpoint.plan import FORMAT_VERSION, stored_names
 from lmpress.checkpoint.plugin import (
-    FORMAT_VERSION,
     METHOD,
     RESIDENT,
     LmpressConfig,
@@ -39,7 +40,7 @@ from lmpress.checkpoint.swap import (
     tie_head,
     use_sparse_cores,
 )
-from lmpress.checkpoint.verify import is_compressed, plan_of, stored_names, verify_checkpoint
+from lmpress.checkpoint.verify import is_compressed, plan_of, verify_checkpoint
 
 __all__ = [
     "FORMAT_VERSION",
@@ -57,6 +58,7 @@ __all__ = [
     "densify",
     "forms_of",
     "hold_resident",
+    "indexed_paths",
     "is_compressed",
     "is_plain_name",
     "json_text",

@@ -195,29 +195,38 @@ def is_plain_name(name: Any) -> bool:
 
 
 def shard_paths(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order.
+    """The safetensors files of a checkpoint in order; a single one goes before an index, as in transformers.
 
     Raises:
         RequestError: there are none, or the index names a path that leaves the directory.
     """
-    if (directory / INDEX).is_file():
-        index = read_json(directory / INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise RequestError(f"{directory / INDEX} has no weight_map; fetch it again")
-        for name in weight_map.values():
-            if not is_plain_name(name):
-                raise RequestError(
-                    f"{directory / INDEX} names {short(name)}, which is outside its directory or no file name"
-                )
-        return [directory / name for name in sorted(set(weight_map.values()))]
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
+    if (directory / INDEX).is_file():
+        return indexed_paths(directory)
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
         raise RequestError(
             f"{directory} holds pickled weights, which lmpress does not open; convert them to safetensors"
         )
     raise RequestError(f"{directory} has no weights: no {SINGLE} and no {INDEX}")
+
+
+def indexed_paths(directory: Path) -> list[Path]:
+    """The files that the index of a checkpoint names, in order.
+
+    Raises:
+        RequestError: the index is broken, or names a path that leaves the directory.
+    """
+    index = read_json(directory / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RequestError(f"{directory / INDEX} has no weight_map; fetch it again")
+    for name in weight_map.values():
+        if not is_plain_name(name):
+            raise RequestError(
+                f"{directory / INDEX} names {short(name)}, which is outside its directory or no file name"
+            )
+    return [directory / name for name in sorted(set(weight_map.values()))]
 
 
 def _plain(value: Any) -> Any:

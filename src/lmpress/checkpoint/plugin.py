@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +17,31 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lmpress.checkpoint.swap import cast_floats, densify, hold_resident, put_forms, tie_head, use_sparse_cores
-from lmpress.errors import LmpressError, RequestError
-from lmpress.families import layout_of
-from lmpress.forms import form_from_description
+from lmpress.checkpoint.files import read_header
+from lmpress.checkpoint.fit import check_fit
+from lmpress.checkpoint.plan import (
+    FORMAT_VERSION,
+    check_absent,
+    check_stored,
+    check_version,
+    empty_forms,
+    names_in,
+)
+from lmpress.checkpoint.swap import (
+    cast_floats,
+    densify,
+    hold_resident,
+    holders_of,
+    put_forms,
+    tie_head,
+    use_sparse_cores,
+)
+from lmpress.errors import RequestError
+from lmpress.forms import Form, form_from_description
 from lmpress.forms.base import dense_leaf_names, float_dtype
 from lmpress.forms.linear import FormHolder
 
 METHOD = "lmpress"
-FORMAT_VERSION = 1
 
 RESIDENT = ("decoded", "coded")
 """How entropy-coded weights are kept in memory: decoded once; or as stored, and decoded in every call."""
@@ -80,56 +98,60 @@ class LmpressQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dtype: torch.dtype = torch.float32
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        version = self.quantization_config.version
-        if version > FORMAT_VERSION:
-            raise LmpressError(
-                f"this checkpoint has format {version}, and this lmpress reads {FORMAT_VERSION}: upgrade it"
-            )
+        check_version(self.quantization_config.version, "config.json")
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         return None  # as stored; `_process_model_after_weight_loading` casts what is computed with
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         self._dtype = model.dtype  # the skeleton was made in the type that the user asked for
-        plan = self.quantization_config.plan
-        forms = {name: form_from_description(description) for name, description in plan.items()}
-        put_forms(model, forms, dtype=self._dtype)
+        config = self.quantization_config
+        forms = empty_forms(config.plan, "config.json")
+        names = names_in(model, forms)
+        if absent := forms.keys() - names.keys():
+            check_absent(model.config, sorted(absent))
+        if checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+            files = [Path(file) for file in checkpoint_files]
+            headers = {name: entry for file in files for name, entry in read_header(file).items()}
+            check_stored(forms, headers, str(files[0].parent))
+        config.plan = {own: config.plan[name] for name, own in names.items()}
+        held = {own: forms[name] for name, own in names.items()}
+        check_fit(model, held, "config.json")
+        put_forms(model, held, dtype=self._dtype)
+        for name in held:  # checked above; random numbers, which transformers gives to others, fit no codes
+            model.get_submodule(name)._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        layout = layout_of(model.config)
         hold_resident(model, self.quantization_config.plan, self.quantization_config.resident == "coded")
-        if layout.tied and layout.embedding in self.quantization_config.plan:
-            tie_head(model)
+        tie_head(model)
         cast_floats(model, self._dtype)
         use_sparse_cores(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The state in the types of the plan, so that saving again gives the forms bit for bit.
+        """The state as a checkpoint holds it, and the plan of what the model holds now.
 
-        The plan is told of a form that takes other bytes when coded anew, as with another numpy it might.
+        Weights are in the types of the plan wherever that loses nothing, so that saving again gives the forms
+        bit for bit. A form that takes other bytes when coded anew, as with another numpy it might, or that
+        became another one, is described anew; what is no form any more leaves the plan.
         """
         state = model.state_dict()
-        plan = self.quantization_config.plan
-        for name, description in plan.items():
-            holder = model.get_submodule(name)
-            if not isinstance(holder, FormHolder):
-                continue
-            form = holder.stored_form
-            if form is not holder.form:
+        planned, plan = self.quantization_config.plan, {}
+        unique = holders_of(model)
+        for name, holder in model.named_modules():
+            if isinstance(holder, FormHolder):
                 for parameter in holder.form_tensors():
-                    del state[f"{name}.{parameter}"]
-            leaves = dense_leaf_names(form)
-            stored = form_from_description(description).tensors()
-            tensors = {n: t.to(stored[n].dtype) if n in leaves else t for n, t in form.tensors().items()}
-            for place, (tensor, value) in enumerate(tensors.items()):
-                state[f"{name}.weight" if place == 0 else f"{name}.{tensor}"] = value
-            plan[name] = form.with_tensors(tensors).describe()
-        layout = layout_of(model.config)
-        head = model.get_submodule(layout.head)
-        if layout.tied and layout.embedding in plan and isinstance(head, FormHolder):
-            for parameter in head.form_tensors():  # stored with the embedding
-                state.pop(f"{layout.head}.{parameter}", None)
+                    state.pop(f"{name}.{parameter}", None)  # of a tied head: stored with the embedding
+        for name, holder in unique.items():
+            form = holder.stored_form
+            if name in planned:
+                form = _in_types_of(form_from_description(planned[name]), form)
+            for place, (tensor, value) in enumerate(form.tensors().items()):
+                state[f"{name}.weight" if place == 0 else f"{name}.{tensor}"] = value.detach()
+            plan[name] = form.describe()
+        self.quantization_config.plan = plan
         return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -152,3 +174,15 @@ def register() -> None:
         register_quantization_config(METHOD)(LmpressConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(LmpressQuantizer)
+
+
+def _in_types_of(planned: Form, form: Form) -> Form:
+    """`form` with its weights in the types that they have in `planned`, wherever that rounds none."""
+    types, leaves = {name: t.dtype for name, t in planned.tensors().items()}, dense_leaf_names(form)
+    tensors = form.tensors()
+    for name in leaves & types.keys():
+        tensor = tensors[name]
+        cast = tensor.to(types[name])
+        if tensor.is_meta or torch.equal(cast.to(tensor.dtype), tensor):
+            tensors[name] = cast
+    return form.with_tensors(tensors)

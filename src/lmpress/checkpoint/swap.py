@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 
+from lmpress.checkpoint.fit import linears_in
 from lmpress.errors import LmpressError
-from lmpress.families import layout_of
+from lmpress.families import layout_of, skeleton
 from lmpress.forms import CompressedEmbedding, CompressedLinear, EntropyCoded, Form, decode_all
 from lmpress.forms.base import dense_leaf_names
 from lmpress.forms.linear import FormHolder, Runner
@@ -35,11 +37,10 @@ def put_forms(
     Raises:
         ValueError: a name that the model has no linear or embedding for.
     """
-    layout = layout_of(model.config)
     for name, form in forms.items():
         old = _module(model, name)
         new: nn.Module
-        if isinstance(old, nn.Embedding | CompressedEmbedding):
+        if isinstance(old, nn.Embedding):
             new = _embedding(old, form, dtype or model.dtype)
         elif isinstance(old, nn.Linear):
             new = CompressedLinear(form, _bias(old, form, (biases or {}).get(name)), run)
@@ -47,8 +48,7 @@ def put_forms(
             raise ValueError(f"{name} is a {type(old).__name__}, not a linear or an embedding")
         new.train(old.training)
         model.set_submodule(name, new)
-    if layout.tied and layout.embedding in forms:
-        tie_head(model)
+    tie_head(model)
 
 
 def hold_resident(model: nn.Module, names: Iterable[str], coded: bool = False) -> None:
@@ -56,12 +56,14 @@ def hold_resident(model: nn.Module, names: Iterable[str], coded: bool = False) -
 
     Args:
         names: of the modules that hold them. Of embeddings nothing is made resident but entropy-coded parts.
+            Modules whose tensors are offloaded stay as stored: they come and go with every call.
         coded: leave modules with entropy-coded parts as they are: each call then decodes them anew.
 
     Raises:
         LmpressError: names the module whose weights are damaged.
     """
-    holders = {name: cast(FormHolder, model.get_submodule(name)) for name in names}
+    every_holder = {name: cast(FormHolder, model.get_submodule(name)) for name in names}
+    holders = {name: holder for name, holder in every_holder.items() if not holder.offloaded}
     forms = {name: holder.form for name, holder in holders.items()}
     leaves = {name: _entropy_coded(form) for name, form in forms.items()}
     every = [(leaf, name) for name, found in leaves.items() for leaf in found if not coded]
@@ -120,51 +122,73 @@ def _entropy_coded(form: Form) -> list[EntropyCoded]:
 
 
 def tie_head(model: Any) -> None:
-    """Let the head share the tensors of a compressed embedding, and tell transformers which they are."""
-    layout = layout_of(model.config)
-    embedding = cast(CompressedEmbedding, model.get_submodule(layout.embedding))
-    head = CompressedLinear(embedding.form, None, run)
+    """Let a tied head share the tensors of a compressed embedding, and tell transformers which they are.
+
+    Nothing happens where the model has no head, or its config ties none, or the embedding is plain.
+    """
+    names = _tied_names(model)
+    if names is None or not isinstance(model.get_input_embeddings(), CompressedEmbedding):
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(head, CompressedLinear):
+        head = CompressedLinear(embedding.form, None, run)
+        model.set_submodule(names[1], head)
     head.share(embedding)
-    model.set_submodule(layout.head, head)
+    for name, buffer in list(head.named_buffers(recurse=False)):
+        if buffer.is_meta and hasattr(embedding, "_hf_hook"):  # no hook brings what no state dict names
+            setattr(head, name, load_offloaded_parameter(model, f"{names[0]}.{name}"))
     parameters = [name for name, _ in embedding.named_parameters(recurse=False)]
-    tied = {f"{layout.head}.{name}": f"{layout.embedding}.{name}" for name in parameters}
+    tied = {f"{names[1]}.{name}": f"{names[0]}.{name}" for name in parameters}
     model._tied_weights_keys = tied
     model.all_tied_weights_keys = {**getattr(model, "all_tied_weights_keys", {}), **tied}
 
 
-def forms_of(model: nn.Module) -> dict[str, Form]:
-    """The forms that a model holds, by module name; of tied modules the first one only."""
-    found: dict[str, Form] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, FormHolder):
-            first = id(module.form_tensors()["weight"])
-            if first not in seen:
-                seen.add(first)
-                found[name] = module.form
+def _tied_names(model: Any) -> tuple[str, str] | None:
+    """The names of embedding and head of a model whose config ties them."""
+    head = model.get_output_embeddings()
+    if head is None or not layout_of(model.config).tied:
+        return None
+    named = {id(module): name for name, module in model.named_modules()}
+    return named[id(model.get_input_embeddings())], named[id(head)]
+
+
+def holders_of(model: Any) -> dict[str, FormHolder]:
+    """The compressed modules of a model, by name; of tied ones the embedding only."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, FormHolder)}
+    names = _tied_names(model)
+    if names is not None and names[0] in found and names[1] in found:
+        embedding, head = found[names[0]], found[names[1]]
+        both_away = embedding.offloaded and head.offloaded  # each stands in for what is loaded when it runs
+        if both_away or embedding.form_tensors()["weight"] is head.form_tensors()["weight"]:
+            del found[names[1]]
     return found
 
 
+def forms_of(model: Any) -> dict[str, Form]:
+    """The forms that a model holds, by module name; of tied modules the first one only."""
+    return {name: holder.form for name, holder in holders_of(model).items()}
+
+
 def densify(model: Any, dtype: torch.dtype) -> None:
-    """Replace every compressed module, in place, by the dense one of the config's shapes.
+    """Replace every compressed module, in place, by the dense one of the config's shapes, all in one `dtype`.
 
     Removed neurons come back as zero rows and columns, which changes no output: the result is a stock
     model that loads anywhere.
-    """
-    from lmpress.families import skeleton
 
-    layout = layout_of(model.config)
-    plain = skeleton(model.config)
-    neurons = {
-        f"{layout.block_name(i)}.{linear}": layout.block(i).neurons.parts(linear)
-        for i in range(layout.num_blocks)
-        for linear in layout.block(i).linears
-    }
+    Raises:
+        LmpressError: parts of the model are offloaded.
+    """
+    if any(isinstance(module, FormHolder) and module.offloaded for module in model.modules()):
+        raise LmpressError(
+            "parts of this model are offloaded to memory or disk, and cannot be made dense there: load it "
+            "without offloading (no `disk` in the device_map) before dequantize()"
+        )
+    plain, linears = skeleton(model.config, build=type(model)._from_config), linears_in(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, FormHolder):
             continue
         stock = plain.get_submodule(name)
-        parts = neurons.get(name) or 1
+        parts = linears[name].parts if name in linears else 1
         weight = _padded(module.form.dense(dtype), cast(Tensor, stock.weight).shape, parts)
         replacement = stock  # its buffers are real, and its parameters come now
         replacement.weight = nn.Parameter(weight, requires_grad=False)
@@ -173,8 +197,11 @@ def densify(model: Any, dtype: torch.dtype) -> None:
             bias = _padded(bias.data.to(dtype), cast(Tensor, stock.bias).shape, parts)
             replacement.bias = nn.Parameter(bias, requires_grad=False)
         model.set_submodule(name, replacement)
-    if layout.tied:
-        model.get_submodule(layout.head).weight = model.get_submodule(layout.embedding).weight
+    cast_floats(model, dtype)
+    vars(model).pop("_tied_weights_keys", None)  # those of the forms; the class knows those of the weights
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if _tied_names(model) is not None:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
 
 def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
@@ -213,9 +240,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"the model has no module {name}") from None
 
 
-def _embedding(
-    old: nn.Embedding | CompressedEmbedding, form: Form, dtype: torch.dtype
-) -> CompressedEmbedding:
+def _embedding(old: nn.Embedding, form: Form, dtype: torch.dtype) -> CompressedEmbedding:
     if isinstance(old, CompressedEmbedding):
         return CompressedEmbedding(form, dtype, old.multiplier, old.padding_idx)
     stock = cast(Any, old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,11 @@ def layout_of(config: Any) -> Layout:
     )
 
 
-def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def skeleton(
+    config: Any,
+    dtype: torch.dtype = torch.float32,
+    build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config,
+) -> PreTrainedModel:
     """The causal language model of `config` without its weights, in eval mode.
 
     Parameters are on the meta device and take no memory; buffers that no checkpoint holds (rotary
@@ -53,9 +58,10 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     Args:
         config: the model's transformers config; it is copied, not changed.
         dtype: the type that the parameters say they have.
+        build: makes the model of a config, where it is to be another than the causal one.
     """
     with _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model = build(copy.deepcopy(config), dtype=dtype)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta:  # a norm's: made by torch.ones

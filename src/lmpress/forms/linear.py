@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmpress.forms.base import Form, dense_leaf_names
+from lmpress.forms.packed import PackedWeight, as_parameter, real
 
 Runner = Callable[[Form, Tensor], Tensor]
 """How a form runs on a device: (form, x of shape (..., in)) -> (..., out)."""
@@ -22,6 +23,9 @@ class FormHolder(nn.Module):
     are buffers, for they are no weights: `model.dtype` and `.to(dtype)` pass them by. Whoever replaces
     a tensor (a loader, `.to()`, an optimizer) need not tell: the form is bound anew whenever one of
     them is another object.
+
+    The attribute `weight` is what other libraries take for the matrix: it is the parameter of that name where
+    the form is `Dense`, and a `PackedWeight` elsewhere, which refuses to be computed with.
     """
 
     in_features: int
@@ -38,12 +42,12 @@ class FormHolder(nn.Module):
         self._names = {name: "weight" if name == first else name for name in tensors}
         for name, tensor in tensors.items():
             if name == first or name in weights:
-                self.register_parameter(self._names[name], nn.Parameter(tensor, requires_grad=False))
+                self.register_parameter(self._names[name], as_parameter(tensor))
             else:
                 self.register_buffer(self._names[name], tensor.detach())
         self.out_features, self.in_features = form.shape
-        self._form = form
-        self._bound: dict[str, Tensor] = {}
+        self._bound: tuple[dict[str, Tensor], Form] = ({}, form)  # replaced whole: threads read it
+        vars(self)["_view"] = None  # of `weight`, made when it is asked for
         self._stored: Form | None = None
 
     def hold_resident(self, resident: Form | None = None) -> None:
@@ -60,26 +64,37 @@ class FormHolder(nn.Module):
 
     @property
     def stored_form(self) -> Form:
-        """The form as a checkpoint stores it, over the tensors as they are now."""
+        """The form as a checkpoint stores it, over the tensors as they are now.
+
+        It is the form that runs where that holds more than the stored kind can: weights off its pattern,
+        which training or a merged adapter put there.
+        """
         form = self.form
         if self._stored is None:
             return form
         device = next(iter(form.tensors().values())).device
         kept = {n: t if t.is_meta else t.to(device) for n, t in self._stored.tensors().items()}
-        return self._stored.with_tensors(kept).stored(form)
+        stored = self._stored.with_tensors(kept).stored(form)
+        return stored if _nonzero_weights(stored) == _nonzero_weights(form) else form
 
     @property
     def form(self) -> Form:
         """The form over the tensors as they are now."""
-        bound = self._bound
+        bound, form = self._bound
         for name in self._names.values():
             if self._tensor(name) is not bound.get(name):
                 break
         else:
-            return self._form
-        self._bound = self.form_tensors()
-        self._form = self._form.with_tensors({n: self._bound[p] for n, p in self._names.items()})
-        return self._form
+            return form
+        bound = self.form_tensors()
+        form = form.with_tensors({name: bound[own] for name, own in self._names.items()})
+        self._bound = bound, form
+        return form
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether a tensor of the form is on the meta device, as where accelerate brings it for each call."""
+        return any(tensor.is_meta for tensor in self.form_tensors().values())
 
     def form_tensors(self) -> dict[str, Tensor]:
         """The tensors that make up the form, by their names in the module."""
@@ -98,14 +113,42 @@ class FormHolder(nn.Module):
             if name in self._parameters:
                 self._parameters[name] = cast(nn.Parameter, tensor)
             else:
-                self.register_buffer(name, tensor, persistent=False)
+                self.register_buffer(name, tensor.detach(), persistent=False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ever, for the parameter behind a view, and with codes that say why they cannot be trained."""
+        param = real(param)
+        if type(param) is nn.Parameter and not param.is_floating_point():
+            attributes, param = vars(param), as_parameter(param)
+            vars(param).update(attributes)  # such as a loader's mark
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
-        return repr(self._form)
+        return repr(self._bound[1])
+
+    def __getattr__(self, name: str) -> Any:
+        held = vars(self)
+        if name != "weight" or "_bound" not in held or self._bound[1].kind == "dense":
+            return super().__getattr__(name)
+        if name not in self._parameters:  # while another form is taken in
+            return super().__getattr__(name)
+        parameter = cast(nn.Parameter, self._tensor(name))
+        if held["_view"] is None or held["_view"].parameter is not parameter:
+            held["_view"] = PackedWeight.of(parameter, self._bound[1].formula)  # nn.Module would register it
+        return held["_view"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_view": None}  # made anew from the copied parameter
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self._parameters.get(name)
+        if type(tensor) is PackedWeight:  # registered by a loader that passes `register_parameter` by
+            tensor = self._parameters[name] = tensor.parameter
         return cast(Tensor, self._buffers[name] if tensor is None else tensor)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.form_tensors()  # no view among them from now on
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As ever, but a scale keeps its type: in another one it would be another grid."""
@@ -141,10 +184,13 @@ class CompressedLinear(FormHolder, nn.Linear):
         elif any(t.requires_grad for t in self.form_tensors().values()):
             y = form.forward(input)
         elif input.requires_grad:
-            y = cast(Tensor, _FrozenProduct.apply(input, form, run))  # type: ignore[no-untyped-call]
+            rows = input.reshape(-1, input.shape[-1])
+            y = cast(Tensor, _FrozenProduct.apply(rows, form, run))  # type: ignore[no-untyped-call]
+            y = y.view(*input.shape[:-1], y.shape[1])
         else:
             y = run(form, input)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def reset_parameters(self) -> None:
         """Nothing to draw: a form comes with its tensors."""
@@ -156,7 +202,10 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, form: Form, run: Runner) -> Tensor:
         ctx.form = form
-        return run(form, x)
+        y = run(form, x)
+        return (
+            y.clone() if y._is_view() else y
+        )  # autograd lets nobody write into a view that was made in here
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -164,8 +213,8 @@ class _FrozenProduct(torch.autograd.Function):
         return gradient @ ctx.form.dense(gradient.dtype), None, None
 
 
-class CompressedEmbedding(FormHolder):
-    """A lookup table (tokens, width) held as a form.
+class CompressedEmbedding(FormHolder, nn.Embedding):
+    """A lookup table (tokens, width) held as a form, and an `nn.Embedding`, so that PEFT accepts it.
 
     Args:
         form: the table.
@@ -174,6 +223,11 @@ class CompressedEmbedding(FormHolder):
             as `multiplier`.
     """
 
+    max_norm = None
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
+
     def __init__(
         self,
         form: Form,
@@ -181,27 +235,39 @@ class CompressedEmbedding(FormHolder):
         scale: float | None = None,
         padding_idx: int | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Embedding's, which would make a dense table
         self.hold(form)
         self.dtype = dtype
         self.multiplier = scale  # `scale` is the name of a grid's parameter
         self.padding_idx = padding_idx
 
-    @property
-    def num_embeddings(self) -> int:
-        """Tokens in the table."""
-        return self.out_features
+    def hold(self, form: Form) -> None:
+        super().hold(form)
+        self.num_embeddings, self.embedding_dim = form.shape
 
     @property
-    def embedding_dim(self) -> int:
-        """Width of a row."""
-        return self.in_features
+    def embed_scale(self) -> Tensor:
+        """The multiplier, as Gemma's own embedding tells it and PEFT asks; without one, no attribute."""
+        if self.multiplier is None:
+            raise AttributeError("embed_scale")
+        return torch.tensor(self.multiplier)
 
     def forward(self, input: Tensor) -> Tensor:  # (...) -> (..., width)
         rows = self.form.rows(input).to(self.dtype)
         # Gemma multiplies by sqrt(width) rounded to the dtype of the table
         return rows if self.multiplier is None else rows * torch.tensor(self.multiplier).to(rows)
 
+    def reset_parameters(self) -> None:
+        """Nothing to draw: a form comes with its tensors."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # follow .to(dtype), .half(), ...
         return super()._apply(fn, recurse)
+
+
+def _nonzero_weights(form: Form) -> int:
+    """How many floating-point weights of a form are not zero; those on the meta device count for none."""
+    tensors = form.tensors()
+    return sum(
+        int(tensors[name].count_nonzero()) for name in dense_leaf_names(form) if not tensors[name].is_meta
+    )

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmpress.checkpoint import INDEX, SINGLE, read_header, shard_paths
+from lmpress.checkpoint import INDEX, SINGLE, indexed_paths, read_header, shard_paths
 from lmpress.errors import RequestError
 from lmpress.source.accounting import Stored, account_for_rest, settle
 from lmpress.source.companions import copy_companions
@@ -48,7 +48,7 @@ class SafetensorsSource(ModelSource):
         super().__init__(name or str(directory), read_config(directory))
         self._shards = shard_paths(directory)
         single = directory / SINGLE
-        if single.is_file() and single not in self._shards:
+        if single in self._shards and (directory / INDEX).is_file() and indexed_paths(directory) != [single]:
             raise RequestError(
                 f"{directory} holds {SINGLE} and the shards of {INDEX}, two models: remove the one not meant"
             )

@@ -23,9 +23,6 @@ DECIDING = (
 )
 """What decides which ids a text becomes."""
 
-MISSING = "put the model's own files (tokenizer.json) beside its weights"
-"""What to do where none of them is there."""
-
 
 def read_tokenizer(directory: Path, gguf: str | None, name: str, config: Any) -> Any:
     """The tokenizer of a directory, or of the GGUF file `gguf` in it.
@@ -38,8 +35,7 @@ def read_tokenizer(directory: Path, gguf: str | None, name: str, config: Any) ->
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **extra)
     except Exception as error:  # transformers raises whatever the files made it raise
         raise RequestError(
-            f"{name} has no tokenizer that transformers reads: {_reason(directory, error)}"
-            f"{'' if gguf is not None or _has_files(directory) else '; ' + MISSING}"
+            f"{name} has no tokenizer that transformers reads: {_reason(directory, gguf, error)}"
         ) from None
     if gguf is None:  # of a GGUF file the tokens are counted in the file, for transformers adds some
         check_vocabulary(name, tokenizer.vocab_size, len(tokenizer), config.vocab_size)
@@ -67,18 +63,14 @@ def check_vocabulary(name: str, words: int, all_words: int, rows: int) -> None:
         note(f"{name}: the embedding has no row for {all_words - rows} of the tokens added to its tokenizer")
 
 
-def _reason(directory: Path, error: Exception) -> str:
+def _reason(directory: Path, gguf: str | None, error: Exception) -> str:
     marked = [name for name in DECIDING if _is_marked(directory / name)]
     if marked:
         return f"{directory / marked[0]} begins with a byte order mark; save it as UTF-8 without one"
-    told = " ".join(str(error).split()) or repr(error)
-    if any((directory / name).is_file() for name in DECIDING):
-        return told[:200]
-    return f"put its files (tokenizer.json and tokenizer_config.json) beside the weights ({told[:120]})"
-
-
-def _has_files(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in DECIDING)
+    told = " ".join(str(error).split())[:200] or repr(error)
+    if gguf is not None or any((directory / name).is_file() for name in DECIDING):
+        return told
+    return f"put the model's own files (tokenizer.json) beside its weights ({told})"
 
 
 def _is_marked(path: Path) -> bool:
