@@ -375,7 +375,7 @@ def test_counting_and_checking_in_parts_changes_nothing(monkeypatch: pytest.Monk
     codes = laplace(300, 17, 5.0)
     codes[7, 3] = 70_000
     whole = coded(codes)
-    monkeypatch.setattr(ans, "PART", 100)
+    monkeypatch.setattr(ans_encoder, "PART", 100)
     monkeypatch.setattr(entropy_coded, "PART", 100)
     parts = coded(codes)
     assert all(torch.equal(tensor, parts.tensors()[name]) for name, tensor in whole.tensors().items())

@@ -1,12 +1,12 @@
-"""What is measured at every predicted token, a record a figure; means over a text, with their standard errors.
+"""What is measured at every predicted token, a record a figure; means over a text with standard errors.
 
 Perplexity = exp(mean negative log-likelihood of the next token). The divergence is
 KL(p || q) = sum_v p_v (log p_v - log q_v), in nats a predicted token, with p the reference's distribution
 and q the model's, averaged over positions. Agreement is the share of positions where both have the same
 most likely token. Where the logits of either are not finite there is neither, and no average over them.
 
-Neighbouring tokens are no independent draws, so errors are those of the windows: with s_w the sum over window w
-and n_w its tokens, the mean m = sum s / sum n has the error sqrt(W / (W - 1) sum (s_w - m n_w)^2) / sum n.
+Neighbouring tokens are no independent draws, so errors are those of the windows: with s_w the sum over window
+w and n_w its tokens, the mean m = sum s / sum n has the error sqrt(W / (W - 1) sum (s_w - m n_w)^2) / sum n.
 What is measured against a reference is paired: the difference is taken at every token, before it is averaged.
 """
 

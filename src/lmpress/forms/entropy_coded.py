@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ class EntropyCoded(Form):
         Raises:
             ValueError: codes that are no whole numbers of 32 bits, scales that do not fit.
         """
-        coded = _ans().encode(_whole(codes.detach()).numpy(), chunk_size)
+        coded = _ans("ans_encoder").encode(_whole(codes.detach()).numpy(), chunk_size)
         parts = (coded.payload, coded.chunks, coded.model)
         payload, chunks, model = (torch.from_numpy(part.copy()).to(codes.device) for part in parts)
         scales, shape = (row_scale, column_scale), (codes.shape[0], codes.shape[1])
@@ -206,7 +207,7 @@ def _whole(codes: Tensor) -> Tensor:
 
 def coded_bits(codes: Tensor) -> float:
     """The bits that the payload and the model of `codes` (out, in) will take, within a per mille."""
-    bits: float = _ans().choose_model(codes.to("cpu", torch.int64).numpy())[2]
+    bits: float = _ans("ans_encoder").choose_model(codes.to("cpu", torch.int64).numpy())[2]
     return bits
 
 
@@ -279,12 +280,11 @@ def _read(path: Path, jobs: Sequence[Coded], share: Sequence[int]) -> dict[int, 
         }
 
 
-def _ans() -> ModuleType:
-    """The coder, imported where it is used."""
+def _ans(name: str = "ans") -> ModuleType:
+    """The coder, or its encoder, imported where it is used."""
     try:
-        from lmpress.forms import ans
+        return import_module(f"lmpress.forms.{name}")
     except ImportError as missing:
         raise ImportError(
             "entropy-coded weights need the constriction library: pip install constriction"
         ) from missing
-    return ans
