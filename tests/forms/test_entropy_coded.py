@@ -27,6 +27,7 @@ from lmpress.forms import (
     Sparse,
     Sum,
     ans,
+    ans_encoder,
     decode_all,
     entropy_coded,
     form_from_description,
