@@ -110,3 +110,16 @@ def test_a_failure_names_the_module(
             tmp_path / "out",
             calibration=str(text_file),
         )
+
+
+def test_ratios_are_relative_to_the_model_that_was_given(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A rotation unties a head from the embedding: that is a part of the result, not of the baseline."""
+    steps: list[Any] = [{"rotate": {}}, {"quantize": {"bits": 8}}]
+    told = lmpress.plan(tiny("llama"), {"steps": steps})["predicted"]
+    plain = lmpress.plan(tiny("llama"), {"steps": steps[1:]})["predicted"]
+    assert told["bytes_16bit"] == plain["bytes_16bit"]
+    assert told["bytes"] == plain["bytes"] + 2 * 256 * 64
+    result = lmpress.compress(tiny("llama"), {"steps": steps}, tmp_path / "out")
+    assert result.manifest["sizes"]["bytes_16bit"] == plain["bytes_16bit"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
@@ -56,6 +57,11 @@ class ModelSource(ABC):
         """The shapes that the config asks for, of all `names`."""
         state = self.skeleton.state_dict(keep_vars=True)
         return {name: tuple(state[name].shape) for name in self.names}
+
+    @property
+    def bytes_16bit(self) -> int:
+        """What the model takes in 16 bits: what ratios are relative to."""
+        return 2 * sum(math.prod(shape) for shape in self.shapes.values())
 
     def block_names(self, index: int) -> tuple[str, ...]:
         """The tensors of block `index`."""
