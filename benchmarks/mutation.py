@@ -115,9 +115,12 @@ def drawn(mutants: list[Mutant], sample: int | None, seed: str) -> list[Mutant]:
 def mirror(file: Path) -> list[str]:
     """The tests of a file, relative to the root: its mirror, and those that hold the whole room.
 
-    These are the tests of `base.py`, and what mirrors no single file. A file without a mirror has all tests.
+    These are the tests of `base.py`, and what mirrors no single file. A file without a mirror has all tests
+    of its room, or of the nearest room around it that has some.
     """
     room = ROOT / "tests" / file.relative_to(ROOT / PACKAGE).parent
+    while not any(room.glob("test_*.py")):
+        room = room.parent
     own, every = room / f"test_{file.stem}.py", sorted(room.glob("test_*.py"))
     others = [path for path in every if not (file.parent / path.name.removeprefix("test_")).is_file()]
     tests = [own, room / "test_base.py", *others] if own.is_file() else every
@@ -189,20 +192,20 @@ def main() -> None:
 
 
 def files(parts: list[str]) -> list[Path]:
-    """The files of the named rooms, but for those that only import."""
+    """The files of the named rooms and of the rooms in them, but for those that only import."""
     found: list[Path] = []
     for part in parts or [room for room in ROOMS if (ROOT / PACKAGE / room).is_dir()]:
         path = ROOT / PACKAGE / part
         if not path.exists():
             sys.exit(f"there is no {PACKAGE}/{part}")
-        found += sorted(path.glob("*.py")) if path.is_dir() else [path]
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
     return [path for path in found if path.name != "__init__.py"]
 
 
 def report(paths: list[Path], copy: Path, arguments: argparse.Namespace) -> None:
     """Run everything, and print the table and the survivors."""
     survivors: list[str] = []
-    total: Counter[str] = Counter()
+    rooms: dict[str, Counter[str]] = {}
     print(f"{'file':42} {'mutants':>7} {'killed':>7} {'timeout':>7} {'survived':>8}")
     for path in paths:
         name, source = str(path.relative_to(ROOT / PACKAGE)), path.read_text()
@@ -221,9 +224,10 @@ def report(paths: list[Path], copy: Path, arguments: argparse.Namespace) -> None
                 survivors.append(f"{name}, {mutant.operator.partition('/')[2]}\n{mutant.diff(source, name)}")
                 print(survivors[-1], file=sys.stderr, flush=True)
         changed.write_text(source)
-        total += found
+        rooms.setdefault(name.partition("/")[0], Counter()).update(found)
         row(name, found)
-    row("all", total)
+    for room, told in (rooms | {"all": sum(rooms.values(), Counter())}).items():
+        row(room, told)
     print("\n".join(["", "Survivors:", *survivors]))
 
 
