@@ -10,8 +10,8 @@ error as soon as it is found).
 
 Third-party packages are imported once, and every mutant is a fork of that process: without that, most of the
 time would go to importing torch. Linux and macOS alone, therefore. What is left out: annotations, assertions
-(they speak to the type checker) and the wording of errors. A sample draws places in the code, and then one
-mutant for each, for an operator of arithmetic has eleven and a number two.
+(they speak to the type checker; `strict` of zip is one) and the wording of errors. A sample draws places in
+the code, and then one mutant for each, for an operator of arithmetic has eleven and a number two.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ def _silent(source: str) -> list[tuple[Place, Place]]:
     spans: list[ast.AST] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Assert | ast.Raise):
+            spans.append(node)
+        if isinstance(node, ast.keyword) and node.arg == "strict":
             spans.append(node)
         spans += [
             part for part in (getattr(node, "annotation", None), getattr(node, "returns", None)) if part
