@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
 import pytest
@@ -207,11 +207,23 @@ def test_a_corrupt_chunk_is_named() -> None:
         replace(form, payload=payload).codes()
     with pytest.raises(ValueError, match=r"chunk 2 of layers\.0\.mlp is corrupt"):
         decode_all([form, replace(form, payload=payload)], ["a", "layers.0.mlp"])
+    wide = coded(laplace(16, 64, 5.0))
+    with pytest.raises(ValueError, match="chunk 0 of an entropy-coded matrix of 16 x 64 is corrupt"):
+        decode_all([replace(wide, payload=wide.payload ^ 255)])
+
+
+def test_it_is_a_value_with_a_short_name() -> None:
+    form = coded(laplace(6, 8, 5.0))
+    assert repr(form) == f"{form.formula}[6x8]"
+    for field in fields(form):
+        with pytest.raises(FrozenInstanceError):
+            setattr(form, field.name, getattr(form, field.name))
 
 
 def test_truncated_streams() -> None:
     form = coded(laplace(64, 64, 5.0), chunk_size=1024)
-    with pytest.raises(ValueError, match="payload"):
+    whole = form.payload.numel()
+    with pytest.raises(ValueError, match=f"has {whole - 4} bytes, its chunks take {whole}"):
         replace(form, payload=form.payload[:-4]).codes()
     with pytest.raises(ValueError, match="chunk table"):
         replace(form, chunks=form.chunks[:-1]).codes()
