@@ -289,6 +289,12 @@ def test_of_no_entries_none_are_kept() -> None:
     assert Dense(torch.ones(3, 4)).density == 1.0
 
 
+def test_bits_of_a_value() -> None:
+    codes = torch.zeros(4, 2, dtype=torch.int8)
+    assert Quantized.from_codes(codes, torch.ones(4, 1), None, 3).nominal_bits == 3.0
+    assert Dense(torch.ones(2, 3)).nominal_bits == 16.0
+
+
 def test_codes_scales_and_indices_are_no_weights() -> None:
     codes = Quantized.from_codes(torch.zeros(4, 2, dtype=torch.int8), torch.ones(4, 1), None, 4)
     assert dense_leaf_names(codes) == set()

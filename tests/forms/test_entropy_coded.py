@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import lmpress.forms
 from lmpress.forms import (
     Bitmap,
     CompressedEmbedding,
@@ -210,6 +212,21 @@ def test_a_corrupt_chunk_is_named() -> None:
     wide = coded(laplace(16, 64, 5.0))
     with pytest.raises(ValueError, match="chunk 0 of an entropy-coded matrix of 16 x 64 is corrupt"):
         decode_all([replace(wide, payload=wide.payload ^ 255)])
+
+
+def test_the_largest_are_dealt_out_first() -> None:
+    shapes = [(40, 10), (20, 20), (2, 400), (5, 20)]  # 400, 400, 800 and 100 codes
+    jobs = [coded(torch.zeros(shape, dtype=torch.int64))._coded() for shape in shapes]
+    assert entropy_coded._shares(jobs, 2) == [[2, 3], [0, 1]]
+    assert entropy_coded._shares(jobs, 1) == [[2, 0, 1, 3]]
+
+
+def test_a_coder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = coded(laplace(6, 8, 5.0))
+    monkeypatch.delattr(lmpress.forms, "ans")
+    monkeypatch.setitem(sys.modules, "lmpress.forms.ans", None)
+    with pytest.raises(ImportError, match="pip install constriction"):
+        form.codes()
 
 
 def test_it_is_a_value_with_a_short_name() -> None:
