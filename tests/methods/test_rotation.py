@@ -9,9 +9,11 @@ from lmpress.methods.rotation import hadamard, random_rotation
 
 UNKNOWN = {52, 92, 100}
 KNOWN = [1, 2, *(n for n in range(4, 101, 4) if n not in UNKNOWN), 128, 576, 640, 896, 1152]
+PRODUCT = 1360
+"""The least order that only a product of two others gives."""
 
 
-@pytest.mark.parametrize("n", KNOWN)
+@pytest.mark.parametrize("n", [*KNOWN, PRODUCT])
 def test_rows_are_orthogonal_ones_and_minus_ones(n: int) -> None:
     matrix = hadamard(n)
     assert matrix is not None
