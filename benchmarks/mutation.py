@@ -10,8 +10,8 @@ error as soon as it is found).
 
 Third-party packages are imported once, and every mutant is a fork of that process: without that, most of the
 time would go to importing torch. Linux and macOS alone, therefore. What is left out: annotations, assertions
-(they speak to the type checker) and the wording of errors. A sample draws places in the code, and then one
-mutant for each, for an operator of arithmetic has eleven and a number two.
+(they speak to the type checker; `strict` of zip is one) and the wording of errors. A sample draws places in
+the code, and then one mutant for each, for an operator of arithmetic has eleven and a number two.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def _silent(source: str) -> list[tuple[Place, Place]]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Assert | ast.Raise):
             spans.append(node)
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            spans.append(node)
         spans += [
             part for part in (getattr(node, "annotation", None), getattr(node, "returns", None)) if part
         ]
@@ -115,9 +117,12 @@ def drawn(mutants: list[Mutant], sample: int | None, seed: str) -> list[Mutant]:
 def mirror(file: Path) -> list[str]:
     """The tests of a file, relative to the root: its mirror, and those that hold the whole room.
 
-    These are the tests of `base.py`, and what mirrors no single file. A file without a mirror has all tests.
+    These are the tests of `base.py`, and what mirrors no single file. A file without a mirror has all tests
+    of its room, or of the nearest room around it that has some.
     """
     room = ROOT / "tests" / file.relative_to(ROOT / PACKAGE).parent
+    while not any(room.glob("test_*.py")):
+        room = room.parent
     own, every = room / f"test_{file.stem}.py", sorted(room.glob("test_*.py"))
     others = [path for path in every if not (file.parent / path.name.removeprefix("test_")).is_file()]
     tests = [own, room / "test_base.py", *others] if own.is_file() else every
@@ -189,20 +194,20 @@ def main() -> None:
 
 
 def files(parts: list[str]) -> list[Path]:
-    """The files of the named rooms, but for those that only import."""
+    """The files of the named rooms and of the rooms in them, but for those that only import."""
     found: list[Path] = []
     for part in parts or [room for room in ROOMS if (ROOT / PACKAGE / room).is_dir()]:
         path = ROOT / PACKAGE / part
         if not path.exists():
             sys.exit(f"there is no {PACKAGE}/{part}")
-        found += sorted(path.glob("*.py")) if path.is_dir() else [path]
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
     return [path for path in found if path.name != "__init__.py"]
 
 
 def report(paths: list[Path], copy: Path, arguments: argparse.Namespace) -> None:
     """Run everything, and print the table and the survivors."""
     survivors: list[str] = []
-    total: Counter[str] = Counter()
+    rooms: dict[str, Counter[str]] = {}
     print(f"{'file':42} {'mutants':>7} {'killed':>7} {'timeout':>7} {'survived':>8}")
     for path in paths:
         name, source = str(path.relative_to(ROOT / PACKAGE)), path.read_text()
@@ -221,9 +226,10 @@ def report(paths: list[Path], copy: Path, arguments: argparse.Namespace) -> None
                 survivors.append(f"{name}, {mutant.operator.partition('/')[2]}\n{mutant.diff(source, name)}")
                 print(survivors[-1], file=sys.stderr, flush=True)
         changed.write_text(source)
-        total += found
+        rooms.setdefault(name.partition("/")[0], Counter()).update(found)
         row(name, found)
-    row("all", total)
+    for room, told in (rooms | {"all": sum(rooms.values(), Counter())}).items():
+        row(room, told)
     print("\n".join(["", "Survivors:", *survivors]))
 
 

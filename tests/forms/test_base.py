@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 
@@ -23,6 +24,7 @@ from lmpress.forms import (
     Sum,
     form_from_description,
 )
+from lmpress.forms.base import dense_leaf_names
 from tests.forms.strategies import Example, examples
 
 PROFILE = settings(max_examples=60, deadline=None)
@@ -259,6 +261,50 @@ def test_gradient_of_the_scale_by_hand() -> None:
     # d y_i / d scale_ig = sum over the group of (code - zero) x
     assert scale.grad is not None
     assert scale.grad.tolist() == [[0 * 1 + 1 * 10, 300 + 4000], [-2 + 30, 300 + 4000]]
+
+
+@PROFILE
+@given(examples())
+def test_a_form_is_a_value_with_a_short_name(example: Example) -> None:
+    for form in every(example.form):
+        rows, columns = form.shape
+        assert repr(form) == f"{form.formula}[{rows}x{columns}]"
+        for field in dataclasses.fields(form):  # type: ignore[arg-type]
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(form, field.name, getattr(form, field.name))
+
+
+@PROFILE
+@given(examples())
+def test_kept_entries_are_those_that_are_not_zero(example: Example) -> None:
+    form = example.form
+    assert form.mask.dtype == torch.bool
+    if not isinstance(form, Sparse):
+        assert torch.equal(form.mask, form.dense() != 0)
+        assert form.density == pytest.approx(float((form.dense() != 0).double().mean()))
+
+
+def test_of_no_entries_none_are_kept() -> None:
+    assert Dense(torch.zeros(0, 4)).density == 0.0
+    assert Dense(torch.ones(3, 4)).density == 1.0
+
+
+def test_bits_of_a_value() -> None:
+    codes = torch.zeros(4, 2, dtype=torch.int8)
+    assert Quantized.from_codes(codes, torch.ones(4, 1), None, 3).nominal_bits == 3.0
+    assert Dense(torch.ones(2, 3)).nominal_bits == 16.0
+
+
+def test_codes_scales_and_indices_are_no_weights() -> None:
+    codes = Quantized.from_codes(torch.zeros(4, 2, dtype=torch.int8), torch.ones(4, 1), None, 4)
+    assert dense_leaf_names(codes) == set()
+    assert dense_leaf_names(Dense(torch.ones(2, 3))) == {"weight"}
+    mixed = LowRank(codes, Dense(torch.ones(2, 3)))
+    assert dense_leaf_names(mixed) == {"right_weight"}
+    sparse = Sparse.from_dense(torch.ones(4, 3), torch.eye(4, 3) > 0)
+    assert dense_leaf_names(Sum((sparse, mixed))) == {
+        name for name, tensor in Sum((sparse, mixed)).tensors().items() if tensor.is_floating_point()
+    } - {"term1_left_scale"}
 
 
 def nested(depth: int) -> list[object]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import sys
+from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import lmpress.forms
 from lmpress.forms import (
     Bitmap,
     CompressedEmbedding,
@@ -208,11 +210,38 @@ def test_a_corrupt_chunk_is_named() -> None:
         replace(form, payload=payload).codes()
     with pytest.raises(ValueError, match=r"chunk 2 of layers\.0\.mlp is corrupt"):
         decode_all([form, replace(form, payload=payload)], ["a", "layers.0.mlp"])
+    wide = coded(laplace(16, 64, 5.0))
+    with pytest.raises(ValueError, match="chunk 0 of an entropy-coded matrix of 16 x 64 is corrupt"):
+        decode_all([replace(wide, payload=wide.payload ^ 255)])
+
+
+def test_the_largest_are_dealt_out_first() -> None:
+    shapes = [(40, 10), (20, 20), (2, 400), (5, 20)]  # 400, 400, 800 and 100 codes
+    jobs = [coded(torch.zeros(shape, dtype=torch.int64))._coded() for shape in shapes]
+    assert entropy_coded._shares(jobs, 2) == [[2, 3], [0, 1]]
+    assert entropy_coded._shares(jobs, 1) == [[2, 0, 1, 3]]
+
+
+def test_a_coder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = coded(laplace(6, 8, 5.0))
+    monkeypatch.delattr(lmpress.forms, "ans")
+    monkeypatch.setitem(sys.modules, "lmpress.forms.ans", None)
+    with pytest.raises(ImportError, match="pip install constriction"):
+        form.codes()
+
+
+def test_it_is_a_value_with_a_short_name() -> None:
+    form = coded(laplace(6, 8, 5.0))
+    assert repr(form) == f"{form.formula}[6x8]"
+    for field in fields(form):
+        with pytest.raises(FrozenInstanceError):
+            setattr(form, field.name, getattr(form, field.name))
 
 
 def test_truncated_streams() -> None:
     form = coded(laplace(64, 64, 5.0), chunk_size=1024)
-    with pytest.raises(ValueError, match="payload"):
+    whole = form.payload.numel()
+    with pytest.raises(ValueError, match=f"has {whole - 4} bytes, its chunks take {whole}"):
         replace(form, payload=form.payload[:-4]).codes()
     with pytest.raises(ValueError, match="chunk table"):
         replace(form, chunks=form.chunks[:-1]).codes()

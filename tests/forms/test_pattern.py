@@ -78,3 +78,22 @@ def test_description_rebuilds_the_shapes(pattern: Pattern) -> None:
     assert (empty.packed.shape, empty.packed.dtype) == (pattern.packed.shape, pattern.packed.dtype)
     assert (empty.kept, empty.shape, type(empty)) == (pattern.kept, pattern.shape, type(pattern))
     assert torch.equal(empty.with_packed(pattern.packed).mask(), pattern.mask())
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Bitmap.from_mask(n_of_m_mask(5, 24, 3, 8)),
+        NofM.from_mask(n_of_m_mask(5, 24, 3, 8), 3, 8),
+        NofM.from_mask(n_of_m_mask(3, 20, 2, 4), 2, 4),
+        NofM.from_mask(n_of_m_mask(2, 8, 4, 4), 4, 4),
+    ],
+)
+def test_values_are_spread_in_the_order_of_the_kept_entries(pattern: Pattern) -> None:
+    values = torch.arange(1.0, pattern.kept + 1)
+    expected, left = torch.zeros(pattern.shape), iter(values.tolist())
+    for i, row in enumerate(pattern.mask().tolist()):
+        for j, kept in enumerate(row):
+            expected[i, j] = next(left) if kept else 0.0
+    assert torch.equal(pattern.spread(values), expected)
+    assert torch.equal(pattern.spread(values.view(pattern.shape[0], -1).double()), expected.double())

@@ -77,3 +77,12 @@ def test_zeros_of_another_shape_are_refused() -> None:
 def test_bits_out_of_range_are_refused(bits: int) -> None:
     with pytest.raises(ValueError, match="bits"):
         Quantized.from_codes(torch.zeros(3, 8, dtype=torch.int8), ones(3, 1), None, bits)
+
+
+@pytest.mark.parametrize(
+    ("scale", "storage"),
+    [((1, 1), "row scales"), ((4, 1), "row scales"), ((4, 2), "group scales"), ((1, 2), "group scales")],
+)
+def test_kernels_are_told_how_scales_lie(scale: tuple[int, int], storage: str) -> None:
+    codes = torch.zeros(4 if scale != (1, 2) else 1, 8, dtype=torch.int8)
+    assert Quantized.from_codes(codes, torch.ones(scale), None, 4).storage == storage

@@ -122,6 +122,13 @@ def test_filled_where_groups_of_kept_entries_are_no_groups_of_columns() -> None:
     assert torch.equal(form.filled().dense(), form.dense())
 
 
+def test_filled_where_values_and_matrix_have_scales_of_their_own() -> None:
+    mask = n_of_m_mask(1, 16, 2, 4)
+    values = Quantized.from_codes(codes(1, 8), torch.tensor([[0.5, 2.0]]), None, 4)
+    form = Sparse(NofM.from_mask(mask, 2, 4), values, torch.tensor([[1.0, 3.0, 0.25, 2.0]]))
+    assert torch.equal(form.filled().dense(), form.dense())
+
+
 def test_rewrite_reaches_the_values() -> None:
     def halve(leaf: Form) -> Form:
         return Dense(leaf.dense() / 2)

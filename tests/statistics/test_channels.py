@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -68,3 +69,10 @@ def test_rows_that_feed_several_heads() -> None:
         channels = [(g * repeats + r) * size + d for r in range(repeats)]
         assert largest[g * size + d] == max(values[channel] for channel in channels)
     assert pooled(values, groups, 1) is values
+
+
+def test_they_are_a_value() -> None:
+    channels = some(10, kept=True, scaled=True)
+    for name in ("kept", "scale"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(channels, name, None)

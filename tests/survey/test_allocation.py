@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, asdict
 
 import pytest
 import torch
@@ -105,3 +105,5 @@ def test_what_is_told_of_each(allocation: Allocation) -> None:
     assert whole.facts(gradients=True)[1] == {"exact": True}
     assert whole.facts(gradients=False) == {0: WIDTHS | {"widths": [32, 32, 32]}}
     assert set(allocation.budgets) == {1, 2}  # values, both of them
+    with pytest.raises(FrozenInstanceError):
+        allocation.tokens = 8  # type: ignore[misc]

@@ -15,7 +15,7 @@ from lmpress.source import dense_block, open_source
 from lmpress.statistics import InputStatistics
 from lmpress.stream import Activations, BlockStream
 from lmpress.survey import sensitivity
-from lmpress.survey.sensitivity import _drawn, sensitivities
+from lmpress.survey.sensitivity import _drawn, head_statistics, sensitivities
 
 WINDOWS = torch.randint(0, 250, (5, 24), generator=torch.Generator().manual_seed(3))
 
@@ -93,6 +93,28 @@ def test_labels_are_drawn_from_the_model(tiny: Callable[[str], Path], tmp_path: 
     one, two, other = (streamed(tiny("llama"), tmp_path, seed)[0] for seed in (0, 0, 1))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert all(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt-post-norm"])
+def test_what_the_head_sees_and_says(family: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    source, device = open_source(tiny(family)), torch.device("cpu")
+    outer = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32)
+    stream = BlockStream(source, outer, WINDOWS, batch=2, directory=tmp_path)
+    for i in range(source.layout.num_blocks):
+        stream.block(i).advance(dense_block(source, i, device))
+    found, inputs = head_statistics(outer, source.layout, WINDOWS, stream.states, device)
+    model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
+    seen: list[Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        said = model(WINDOWS, use_cache=False).logits.softmax(-1).mean((0, 1))
+    torch.testing.assert_close(found, said, rtol=1e-3, atol=1e-7)
+    assert float(found.sum()) == pytest.approx(1.0, abs=1e-5)
+    flat = seen[0].reshape(WINDOWS.numel(), -1)
+    hessian = flat.T @ flat / WINDOWS.numel()
+    torch.testing.assert_close(inputs.require_hessian(), hessian, rtol=1e-3, atol=1e-4)
+    assert inputs.count == WINDOWS.numel()
+    assert not outer.get_output_embeddings()._forward_pre_hooks
 
 
 def test_drawn_labels_have_the_frequencies_of_the_softmax() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 import lmpress
+from lmpress.families import layout_of
 from lmpress.source import load_dense, open_source
+from lmpress.survey.tables import HEAD, LOOKED_UP, TOKENS, multiplier, table_metric
+from tests.tiny import TINY, tiny_model
 
 SIZE = {"samples": 8, "seq_len": 32, "precision": "float32"}
 
@@ -55,3 +59,57 @@ def test_gptq_of_a_head_beats_rounding(tiny: Callable[[str], Path], text_file: P
         found[solver] = divergence(tiny("llama-untied"), step, tmp_path / solver, text_file)
     assert found["gptq"][1] == found["round"][1]
     assert found["gptq"][0] < 0.8 * found["round"][0]
+
+
+def told(width: int = 4, looked_up: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, width, generator=generator)
+    return {
+        TOKENS: torch.rand(8, generator=generator),
+        HEAD: x.T @ x / 20,
+        LOOKED_UP: torch.rand(looked_up, generator=generator) + 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "table", "seen", "looked_up"),
+    [
+        ("llama", "model.embed_tokens", 1.0, 1.0),  # one table is both
+        ("llama-untied", "model.embed_tokens", 0.0, 1.0),
+        ("llama-untied", "lm_head", 1.0, 0.0),
+    ],
+)
+def test_what_errors_in_a_table_cost(family: str, table: str, seen: float, looked_up: float) -> None:
+    sensitivity, layout = told(), layout_of(TINY[family]())
+    before = {name: tensor.clone() for name, tensor in sensitivity.items()}
+    metric = table_metric(table, layout, sensitivity, tokens=20)
+    assert metric is not None
+    expected = seen * sensitivity[HEAD] + looked_up * torch.diag(sensitivity[LOOKED_UP])
+    torch.testing.assert_close(metric.statistics.require_hessian(), expected)
+    assert torch.equal(metric.statistics.second_moment, expected.diagonal())
+    assert torch.equal(metric.statistics.mean, torch.zeros(4))
+    assert metric.statistics.count == 20
+    assert torch.equal(metric.probability, sensitivity[TOKENS])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sensitivity.items())
+    with pytest.raises(FrozenInstanceError):
+        metric.probability = metric.probability  # type: ignore[misc]
+    moved = metric.to(torch.device("meta"))
+    assert moved.probability.is_meta
+    assert moved.statistics.require_hessian().is_meta
+
+
+def test_rows_that_are_projected_first_count_alike() -> None:
+    """Their gradients have another width than what the head sees."""
+    layout = layout_of(TINY["llama-untied"]())
+    metric = table_metric("model.embed_tokens", layout, told(looked_up=2), tokens=20)
+    assert metric is not None
+    assert torch.equal(metric.statistics.require_hessian(), torch.eye(4))
+
+
+def test_where_nobody_looked_nothing_is_told() -> None:
+    assert table_metric("lm_head", layout_of(TINY["llama-untied"]()), {}, tokens=20) is None
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", 1.0), ("gemma2", 8.0)])
+def test_gemma_multiplies_what_it_looks_up(family: str, expected: float) -> None:
+    assert multiplier(tiny_model(family), layout_of(TINY[family]())) == expected

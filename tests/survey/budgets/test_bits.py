@@ -6,16 +6,23 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lmpress
 from lmpress.checkpoint import plan_of
+from lmpress.errors import RequestError
 from lmpress.forms import Quantized
+from lmpress.methods.gptq import GptqOptions
+from lmpress.methods.mixed_precision import error_deviations, predicted_losses
+from lmpress.methods.rtn import RoundOptions, round_to_nearest
+from lmpress.recipes.steps import Quantize
 from lmpress.survey.budgets import bits as module
-from lmpress.survey.budgets.base import Sight
-from lmpress.survey.budgets.bits import Bits
+from lmpress.survey.budgets.base import Pool, Sight, State
+from lmpress.survey.budgets.bits import CHOICES, Bits
+from tests.methods.data import inputs, statistics_of, weights
 from tests.survey.budgets.made import recipe
 
 
@@ -93,3 +100,72 @@ def test_scales_of_tiny_weights_count_as_they_are_stored(
     real = result.manifest["sizes"]["linear_bpw"]
     assert real == pytest.approx(result.manifest["allocation"]["step 1"]["bits_per_weight"], abs=1e-5)
     assert real <= 6.0
+
+
+def budget(bits: float = 4.0, **options: Any) -> Bits:
+    step = Quantize(bits=bits, allocation="mixed", **options)
+    return Bits(Pool(step, "r: step 1 (quantize)", {"a": (12, 16), "b": (8, 16)}))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("solver", ["round", "gptq"])
+def test_a_look_tells_losses_and_sizes_at_every_choice(solver: str, symmetric: bool) -> None:
+    weight, known = weights(12, 16, seed=1).float(), statistics_of(inputs(16, 80, seed=2), torch.float32)
+    counts = torch.rand(12, generator=torch.Generator().manual_seed(3)) + 0.1
+    own = budget(solver=solver, symmetric=symmetric, granularity="group:8", clip=True)
+    losses, sizes = own.look(Sight(weight, known, counts))
+    feedback = GptqOptions(bits=2, granularity="group:8", symmetric=symmetric, clip=True)
+    deviations = error_deviations(known, feedback if solver == "gptq" else None)
+    assert losses == pytest.approx(
+        predicted_losses(
+            weight,
+            deviations,
+            CHOICES,
+            granularity="group:8",
+            symmetric=symmetric,
+            clip=True,
+            sensitivity=counts,
+        )
+    )
+    assert losses == sorted(losses, reverse=True)
+    grids = [RoundOptions(bits=bits, granularity="group:8", symmetric=symmetric) for bits in CHOICES]
+    assert sizes == [8 * round_to_nearest(weight, None, grid).form.num_bytes for grid in grids]
+
+
+def test_without_gradients_outputs_count_once() -> None:
+    weight, known = weights(12, 16, seed=1).float(), statistics_of(inputs(16, 80, seed=2), torch.float32)
+    plain = budget().look(Sight(weight, known))
+    assert plain == budget().look(Sight(weight, known, torch.ones(12)))
+    assert min(plain[0]) > 0
+
+
+def test_what_is_given_out() -> None:
+    own = budget(4.0)
+    costs = [64.0, 16.0, 4.0, 1.0, 0.25, 0.0625, 0.0156]
+    told = {
+        "a": (costs, [192 * bits for bits in CHOICES]),
+        "b": ([100 * cost for cost in costs], [128 * bits for bits in CHOICES]),
+    }
+    given = own.give_out(told)
+    options = list(itertools.product(range(7), repeat=2))
+    allowed = [(i, j) for i, j in options if 192 * CHOICES[i] + 128 * CHOICES[j] <= 4 * 320]
+    i, j = min(allowed, key=lambda pair: costs[pair[0]] + 100 * costs[pair[1]])
+    assert given["bits"] == {"a": CHOICES[i], "b": CHOICES[j]}
+    assert given["bits_per_weight"] == (192 * CHOICES[i] + 128 * CHOICES[j]) / 320
+    assert given["expected_loss"] == pytest.approx((costs[i] + 100 * costs[j]) / 2)
+    state = own.begin(given)
+    assert state == State(given, given["bits"])
+    assert own.facts(State({"average": 4.0, **given})) == {
+        "average": 4.0,
+        "bits_per_weight": given["bits_per_weight"],
+        "expected_loss": given["expected_loss"],
+        "exact": given["exact"],
+    }
+
+
+def test_a_budget_of_just_the_least_can_be_met() -> None:
+    told = {name: ([1.0] * 7, [size * bits for bits in CHOICES]) for name, size in (("a", 192), ("b", 128))}
+    assert budget(2.0).give_out(told)["bits"] == {"a": 2, "b": 2}
+    told["b"] = ([1.0] * 7, [129 * bits for bits in CHOICES])
+    with pytest.raises(RequestError, match=r"step 1 \(quantize\): 2\.0 bits .* takes 2\.007, which is"):
+        budget(2.0).give_out(told)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 import lmpress
 from lmpress.checkpoint import plan_of
-from lmpress.errors import LmpressError
-from lmpress.forms import Dense, EntropyCoded
+from lmpress.errors import LmpressError, RequestError
+from lmpress.forms import Dense, EntropyCoded, LowRank
 from lmpress.methods.entropy_quantization import RateCurve
 from lmpress.recipes import EntropyQuantize
 from lmpress.survey.budgets.base import Pool, Record, State
-from lmpress.survey.budgets.rate import Rate
+from lmpress.survey.budgets.rate import SLACK, Rate
 from tests.survey.budgets.made import leaves, recipe
 
 
@@ -163,6 +163,101 @@ def test_a_budget_that_is_spent_leaves_the_widest_step() -> None:
     state = state.then({"modules": ["0"], "bits": 9000, "weights": 1000, "predicted": 3000.0})
     step = next_step(budget, state, ["1"])
     assert math.log2(step) == pytest.approx(curves["1"].log_steps[-1], abs=0.5)
+
+
+def rate(curves: list[RateCurve], step: float) -> float:
+    """Bits a weight at a step."""
+    return sum(c.total_bits(step) for c in curves) / sum(c.weights for c in curves)
+
+
+def test_the_first_step_is_that_of_the_curves() -> None:
+    curves = {"0": curve(1000, 0.0), "1": curve(3000, -1.5), "2": curve(500, 1.0)}
+    budget, state = begun(curves, 3.0)
+    step = next_step(budget, state, ["0", "1"])
+    assert rate(list(curves.values()), step) == pytest.approx(3.0 - SLACK, rel=1e-4)
+
+
+@pytest.mark.parametrize(("blocks", "trusted"), [(1, 1 / 3), (2, 1 / 1.5), (4, 1 / 1.125)])
+def test_what_is_left_is_for_what_is_to_come(blocks: int, trusted: float) -> None:
+    """Surplus bits of the blocks that are done are expected of the others too, the more the more tell it."""
+    curves = {f"{i}": curve(1000, i / 4) for i in range(6)}
+    budget, state = begun(curves, 3.0)
+    for i in range(blocks):
+        state = state.then({"modules": [f"{i}"], "bits": 3100.0, "weights": 1000, "predicted": 3040.0})
+    step = next_step(budget, state, [f"{blocks}"])
+    left = 6 - blocks
+    wanted = ((3.0 - SLACK) * 6 - 3.1 * blocks) / left - 0.06 * trusted
+    assert rate(list(curves.values())[blocks:], step) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_block_that_is_done_again_is_believed() -> None:
+    curves = {f"{i}": curve(1000, i / 4) for i in range(4)}
+    budget, state = begun(curves, 3.0)
+    tried = {"modules": ["0"], "bits": 3300.0, "weights": 1000, "predicted": 3000.0}
+    step = next_step(budget, state, ["0"], tried)
+    assert rate(list(curves.values()), step) == pytest.approx(3.0 - SLACK - 0.3, rel=1e-4)
+    first = next_step(budget, state, ["0"])
+    assert rate(list(curves.values()), first) == pytest.approx(3.0 - SLACK, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "settled"), [(3085.0, True), (2920.0, True), (3110.0, False), (2900.0, False)]
+)
+def test_a_surprise_is_three_per_cent(bits: float, settled: bool) -> None:
+    budget, state = begun({f"{i}": curve(1000, 0.0) for i in range(3)}, 3.0)
+    record = {"modules": ["0"], "bits": bits, "weights": 1000, "predicted": 3000.0}
+    assert budget.settled(state, record) is settled
+    other = {"modules": ["1"], "bits": 3600.0, "weights": 1000, "predicted": 3000.0}
+    behind = state.then(other)  # 0.6 bits too many, a third of them to be expected again
+    again = record | {"modules": ["2"], "bits": bits + 200.0}
+    assert budget.settled(behind, again) is (abs(bits - 3000.0) <= 0.03 * (bits + 200.0))
+
+
+def test_what_was_taken_is_what_the_coder_made() -> None:
+    def coded(rows: int, columns: int) -> EntropyCoded:
+        codes = torch.randint(-3, 4, (rows, columns), generator=torch.Generator().manual_seed(rows))
+        return EntropyCoded.from_codes(codes, torch.ones(rows, 1), torch.ones(1, columns))
+
+    curves = {"whole": curve(24 * 16, 0.0), "factored": curve(24 * 16, -1.0), "later": curve(100, 0.0)}
+    budget, state = begun(curves, 3.0)
+    left, right, whole = coded(24, 4), coded(4, 16), coded(24, 16)
+    forms = {"whole": whole, "factored": LowRank(left, right), "other": coded(8, 8)}
+    record = budget.took(state, forms, {"whole": 0.5, "factored": 0.25, "other": 1.0})
+    assert record is not None
+    assert record["modules"] == ["whole", "factored"]
+    assert record["bits"] == 8 * (whole.num_bytes + left.num_bytes + right.num_bytes)
+    assert record["weights"] == 24 * 16 + 24 * 4 + 4 * 16
+    share = (24 * 4 + 4 * 16) / (24 * 16)
+    expected = curves["whole"].total_bits(0.5) + curves["factored"].total_bits(0.25) * share
+    assert record["predicted"] == pytest.approx(expected)
+    assert budget.facts(state) == {}
+    assert budget.facts(state.then(record)) == {
+        "bits_per_weight": record["bits"] / record["weights"],
+        "predicted": record["predicted"] / record["weights"],
+    }
+
+
+def test_what_all_modules_take_at_least() -> None:
+    curves = {"0": curve(1000, 0.0), "1": curve(3000, -1.5)}
+    last = max(c.log_steps[-1] for c in curves.values())
+    least = 1.001 * rate(list(curves.values()), 2.0**last) + SLACK
+    begun(curves, least + 1e-6)
+    with pytest.raises(RequestError, match="which is the least") as caught:
+        begun(curves, least - 1e-6)
+    assert f"take {math.ceil(least * 1000) / 1000:.3f}" in str(caught.value)
+
+
+def test_recipes_of_other_bits_ask_the_same() -> None:
+    pool = {"a": (8, 8)}
+    told = [Rate(Pool(EntropyQuantize(bits=bits), "step 1", pool)).decides for bits in (3.0, 4.0)]
+    assert told[0] == told[1]
+    assert told[0] != Rate(Pool(EntropyQuantize(bits=3.0, damping=0.5), "step 1", pool)).decides
+
+
+def test_nothing_is_left_behind_the_last_block() -> None:
+    budget, state = begun({"0": curve(1000, 0.0)}, 3.0)
+    behind = state.then({"modules": ["0"], "bits": 3000, "weights": 1000, "predicted": 3000.0})
+    assert budget.next(behind, ["0"]) == {"0": 1.0}
 
 
 def test_modules_that_do_not_draw_on_it_get_nothing() -> None:
