@@ -148,8 +148,6 @@ class BlockTask:
 
     def _read(self, site: Site, readers: Mapping[str, Tensor], bias: Tensor | None, fed: Fed) -> None:
         """Let the linears of a site read what it is now."""
-        if bias is not None:
-            bias = bias.to(self.rest).to(bias)
         for linear, weight in readers.items():
             self._hold(linear, fed.settled(weight), bias)
         self._inputs[site.name] = self._inputs.get(site.name, Channels()).then(fed.channels)
@@ -162,7 +160,10 @@ class BlockTask:
         return ahead.gather(site, step.needs_hessian, signal=step.signal(self.layout))
 
     def _hold(self, linear: str, weight: Tensor, bias: Tensor | None) -> None:
+        """Let a linear have this weight, and this bias, where one is given, as it will be stored."""
         form: Form = Dense(weight)
+        if bias is not None:
+            bias = bias.to(self.rest).to(bias)
         if not self.plan.modules[self._full(linear)].steps:  # else rounded when all of them are done
             form = store(form, self.plan.dtype)
         set_form(self.block, linear, form, bias)
