@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lmpress.families import Layout
 from lmpress.progress import track
+from lmpress.source import failing_at
 from lmpress.statistics import InputStatistics, StatisticsAccumulator
 from lmpress.stream import Activations, BlockStream, Spooled, StreamBlock, replaced_blocks
 
@@ -222,6 +223,7 @@ def sensitivities(
             for name in firsts
         }
         squares = squared_gradients(at, block, entered[i], gradients, inputs)
-        results = {name: accumulator.result() for name, accumulator in inputs.items()}
+        with failing_at(layout.block_name(i)):
+            results = {name: accumulator.result() for name, accumulator in inputs.items()}
         seen(i, block, squares, {linear: results[n] for n, s in firsts.items() for linear in s.linears})
     return gradients
