@@ -259,7 +259,7 @@ class Run:
         shared = {f"step {i + 1}": facts for i, facts in allocation.facts(gradients=True).items()}
         manifest: dict[str, Any] = {
             "fingerprint": self.fingerprint,
-            "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
+            "source": {"name": self.source.name, "fingerprint": self.source.given.fingerprint},
             "recipe": self.recipe.resolved(),
             "calibration": [] if text is None else [text.record],
             "sizes": sizes(self.source, self.staging, plan),

@@ -24,6 +24,10 @@ class EqualSource(ModelSource):
         self._inner, self._equality = inner, equality
         super().__init__(inner.name, equality.config(inner.config))
 
+    @property
+    def given(self) -> ModelSource:
+        return self._inner.given
+
     def _read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         result = {}
         for name in names:  # one at a time: what one is made of is let go before the next

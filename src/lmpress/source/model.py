@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
@@ -30,6 +31,16 @@ class ModelSource(ABC):
         self.name = name
         self.config = config
         self.layout: Layout = layout_of(config)
+
+    @property
+    def given(self) -> ModelSource:
+        """The model as the user gave it, where this is another one that computes the same."""
+        return self
+
+    @cached_property
+    def bytes_16bit(self) -> int:
+        """Bytes of all weights at 16 bits each, tied ones once. Ratios are relative to those of `given`."""
+        return 2 * sum(math.prod(shape) for shape in self.shapes.values())
 
     @cached_property
     def skeleton(self) -> Any:
