@@ -167,7 +167,7 @@ def plan(
     source = as_recipe_reads(open_source(model), wanted)
     resolved = make_plan(wanted, source)
     predicted = resolved.predicted["bytes"]
-    full = source.given.bytes_16bit
+    full = source.bytes_16bit
     told = resolved.to_json()
     told["predicted"] = told["predicted"] | {"bytes_16bit": full, "ratio": predicted / full}
     return told

@@ -120,7 +120,7 @@ def sizes(source: ModelSource, directory: Path, plan: Descriptions) -> dict[str,
     weights = sum(dense[f"{name}.weight"].numel() for name in linears)
     return {
         "weight_bytes": sum(shard.stat().st_size for shard in shards),
-        "bytes_16bit": source.given.bytes_16bit,
+        "bytes_16bit": source.bytes_16bit,
         "linear_bpw": round(8 * sum(stored.values()) / max(1, weights), 6),
         "linear_weights": weights,
     }

@@ -39,6 +39,10 @@ class EqualSource(ModelSource):
     def tensors(self) -> dict[str, Stored]:
         return self._inner.tensors
 
+    @property
+    def bytes_16bit(self) -> int:
+        return self._inner.bytes_16bit  # a head that is tied no more is no part of the model that was given
+
     def _beside(self) -> Iterable[bytes]:
         return (self._equality.told.encode(),)
 

@@ -38,11 +38,6 @@ class ModelSource(ABC):
         return self
 
     @cached_property
-    def bytes_16bit(self) -> int:
-        """Bytes of all weights at 16 bits each, tied ones once. Ratios are relative to those of `given`."""
-        return 2 * sum(math.prod(shape) for shape in self.shapes.values())
-
-    @cached_property
     def skeleton(self) -> Any:
         """The model on the meta device. RequestError where the config asks for one that cannot be built."""
         try:
@@ -67,6 +62,11 @@ class ModelSource(ABC):
         """The shapes that the config asks for, of all `names`."""
         state = self.skeleton.state_dict(keep_vars=True)
         return {name: tuple(state[name].shape) for name in self.names}
+
+    @property
+    def bytes_16bit(self) -> int:
+        """What the model takes in 16 bits: what ratios are relative to."""
+        return 2 * sum(math.prod(shape) for shape in self.shapes.values())
 
     def block_names(self, index: int) -> tuple[str, ...]:
         """The tensors of block `index`."""
