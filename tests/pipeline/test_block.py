@@ -112,9 +112,7 @@ def test_a_failure_names_the_module(
         )
 
 
-def test_ratios_are_relative_to_the_model_that_was_given(
-    tiny: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_ratios_are_relative_to_the_model_that_was_given(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """A rotation unties a head from the embedding: that is a part of the result, not of the baseline."""
     steps: list[Any] = [{"rotate": {}}, {"quantize": {"bits": 8}}]
     told = lmpress.plan(tiny("llama"), {"steps": steps})["predicted"]

@@ -19,7 +19,7 @@ import lmpress
 from lmpress.errors import RequestError
 from lmpress.pipeline import WORK, Run
 from tests.conftest import EVERY_STEP
-from tests.tiny import TINY, save_tiny
+from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 
 RECOVERING: dict[str, Any] = {
     **EVERY_STEP,
@@ -166,6 +166,34 @@ def test_a_lost_survey_is_made_again(
     (work / "sensitivity.safetensors").unlink()
     lmpress.compress(**arguments, resume=True)
     assert digest(tmp_path / "out") == within_budgets
+
+
+@pytest.mark.parametrize("family", ["qwen2", "opt"])
+def test_scaled_biases_are_those_that_a_resumed_run_reads(
+    family: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind scaled channels the biases of values are no 16-bit numbers any more, until they are rounded."""
+    tiny_model(family).bfloat16().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = {
+        "calibration": {"samples": 8, "seq_len": 32, "precision": "float32"},
+        "steps": [{"awq": {}}, {"quantize": {"bits": 4, "solver": "gptq"}}],
+    }
+    whole, broken = (recovering(tmp_path / "model", text_file, tmp_path / n) for n in ("whole", "broken"))
+    lmpress.compress(**whole | {"recipe": recipe})
+    original = Run._block
+
+    def until(self: Run, index: int, *rest: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        original(self, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_block", until)
+        with pytest.raises(KeyboardInterrupt):
+            lmpress.compress(**broken | {"recipe": recipe})
+    lmpress.compress(**broken | {"recipe": recipe}, resume=True)
+    assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("moved", [1, 4, 9])

@@ -231,3 +231,15 @@ def test_ranks_that_the_text_gives_out_are_an_estimate(tiny: Callable[[str], Pat
     )
     assert known["exact"]
     assert not shared["exact"]
+
+
+def test_the_terms_that_training_leaves_are_foretold(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """They are an estimate: where training comes to nothing, none are stored."""
+    recover = {"steps": 4, "seq_len": 32, "learning_rate": 1e-2, "keep": "term", "targets": "attention"}
+    steps: list[dict[str, Any]] = [{"quantize": {"bits": 4}}, {"recover": recover}]
+    predicted, stored = foretold_and_stored(steps, tiny("llama"), text_file, tmp_path / "out")
+    assert stored == pytest.approx(predicted, abs=256)
+    recover["keep"] = "merge"
+    assert lmpress.plan(tiny("llama"), {"steps": steps})["predicted"]["exact"]

@@ -127,3 +127,19 @@ def test_what_cannot_be_is_refused(tiny: Tiny) -> None:
     refused("llama", tiny, "o", scaled, "one row feeds are scaled alike")
     refused("opt-post-norm", tiny, "qkv", scaled, "nothing feeds")
     refused("llama", tiny, "qkv", lambda width: Channels(kept=torch.arange(width - 1)), "only neurons")
+
+
+@pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+def test_channels_may_be_told_on_another_device(family: str, name: str, tiny: Tiny) -> None:
+    source = open_source(tiny(family))
+    layout = source.layout.block(0)
+    (site,) = (site for site in layout.sites if site.name == name)
+    assert site.feed is not None
+    block = dense_block(source, 0, CPU).to("meta")
+    before = weights(block, site)
+    scale = scale_of(site.feed, next(iter(before.values())).shape[1])
+    fed = feed_with(block, layout, site, Channels(scale=scale), torch.bfloat16)
+    held = [fed.settled(weight) for weight in before.values()]
+    held += [tensor for pair in fed.linears.values() for tensor in pair if tensor is not None]
+    assert all(tensor.is_meta for tensor in held)

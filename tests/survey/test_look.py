@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from lmpress.errors import RequestError
 from lmpress.plan import make_plan
 from lmpress.recipes import parse_recipe
 from lmpress.source import dense_block, dense_outer, open_source
+from lmpress.statistics import InputStatistics, StatisticsAccumulator
 from lmpress.stream import BlockStream
 from lmpress.stream.text import load_dense
 from lmpress.survey import budgets_of, look_backwards, look_forwards, sensitivity, survey_samples
@@ -180,3 +183,44 @@ def test_a_look_forwards_sees_the_neurons(tiny: Callable[[str], Path]) -> None:
         model(windows)
     assert told["mean_activation"] == pytest.approx(means, rel=1e-4)
     assert list(told["widths"]) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"entropy_quantize": {}},
+        {"prune_neurons": {}},
+        {"prune_neurons": {"allocation": "loss", "ratio": 0.2}},
+    ],
+    ids=["backwards", "activation", "loss"],
+)
+def test_one_block_is_in_memory_at_a_time_and_no_hessian_stays(
+    step: dict[str, Any], tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(tiny("llama-untied"))
+    ((_, budget),) = budgets_of(make_plan(parse_recipe(recipe(step), "r"), source)).items()
+    outer = dense_outer(source, CPU)
+    windows = torch.randint(0, 250, (4, 24), generator=torch.Generator().manual_seed(1))
+    stream = BlockStream(source, outer, windows, directory=tmp_path)
+    seen: list[weakref.ref[Any]] = []
+
+    def load(index: int) -> Any:
+        gc.collect()
+        assert not any(one() for one in seen), "what was looked at before is still there"
+        block = dense_block(source, index, CPU)
+        seen.append(weakref.ref(block))
+        return block
+
+    def result(self: StatisticsAccumulator) -> InputStatistics:
+        statistics = original(self)
+        seen.append(weakref.ref(statistics))
+        return statistics
+
+    original = StatisticsAccumulator.result
+    monkeypatch.setattr(StatisticsAccumulator, "result", result)
+    if budget.gradients:
+        look_backwards({0: budget}, stream, outer, load, tmp_path, 0, tables=False)
+    else:
+        look_forwards(budget, source.layout, stream, load)
+    gc.collect()
+    assert not any(one() for one in seen)

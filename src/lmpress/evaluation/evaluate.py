@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lmpress.checkpoint import MANIFEST, is_compressed, read_manifest
 from lmpress.errors import RequestError
 from lmpress.evaluation.modules import linear_bits_per_weight, stored_bits_per_weight
 from lmpress.evaluation.perplexity import BATCH_TOKENS, TextScore, measure
@@ -159,7 +160,7 @@ def _assemble(
     speed: Throughput | None,
     reference: Evaluation | None,
 ) -> Evaluation:
-    full = bytes_16bit(model.config) if reference is None else reference.bytes_16bit
+    full = _bytes_16bit(model, path) if reference is None else reference.bytes_16bit
     compressed = any(isinstance(module, FormHolder) for module in model.modules())
     on_disk = weights = None if compressed else full
     if path is not None:
@@ -177,6 +178,13 @@ def _assemble(
         throughput=speed,
         reference=reference,
     )
+
+
+def _bytes_16bit(model: PreTrainedModel, path: str | Path | None) -> int:
+    """Of the model that was compressed, as its manifest tells (its head may have been tied); else of this."""
+    if path is not None and (Path(path) / MANIFEST).is_file() and is_compressed(Path(path)):
+        return int(read_manifest(Path(path))["sizes"]["bytes_16bit"])
+    return bytes_16bit(model.config)
 
 
 def _bits_per_weight(model: Any, path: str | Path | None, compressed: bool) -> float | None:

@@ -5,8 +5,7 @@ Each is told once, kept in the journal and in the work directory, and read from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lmpress.checkpoint import sha256_file, write_tensors
-from lmpress.errors import LmpressError
-from lmpress.methods.damping import LinAlgError
 from lmpress.pipeline.block import rewrite_early
 from lmpress.pipeline.journal import Journal, file_entry
 from lmpress.pipeline.setting import Setting
 from lmpress.plan import Plan
 from lmpress.progress import note
+from lmpress.source import failing_at
 from lmpress.stream.text import CALIBRATION, CalibrationText, borrowed_text, calibration_text, small_ids
 from lmpress.survey import (
     Allocation,
@@ -96,7 +94,7 @@ class Beforehand:
         def told() -> Survey:
             outer, seed, tables = setting.dense_outer(), plan.recipe.seed, plan.weighs_tokens
             stream = setting.stream(part, outer, weights)
-            with _failing():
+            with failing_at("the survey of the blocks"):
                 return look_backwards(budgets, stream, outer, setting.dense_block, setting.work, seed, tables)
 
         facts, sensitivity = self._asked("allocation", SENSITIVITY, self._survey_key(budgets, text), told)
@@ -132,7 +130,7 @@ class Beforehand:
                 assert text is not None
                 part = self._part(text, survey_samples(text.windows.shape[0]))
                 stream = setting.stream(part, outer(), weights)
-                with _failing():
+                with failing_at("the survey of the blocks"):
                     given = look_forwards(budget, plan.layout, stream, partial(self._unpruned, index))
                 told = {**told, str(index): given}
                 self.journal.append({"survey": told})
@@ -179,12 +177,3 @@ class Beforehand:
                 "tokens than inputs they are singular, and unseen text will fare worse; raise samples or "
                 "seq_len"
             )
-
-
-@contextmanager
-def _failing() -> Iterator[None]:
-    """Say that it was the survey that failed."""
-    try:
-        yield
-    except (ValueError, LinAlgError) as error:
-        raise LmpressError(f"the survey of the blocks: {error}") from error

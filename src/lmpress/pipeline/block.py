@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmpress.errors import LmpressError
 from lmpress.families import BlockLayout, Site
 from lmpress.forms import Dense, Form
-from lmpress.methods.damping import LinAlgError
 from lmpress.pipeline.reports import error_report, plain_report
 from lmpress.plan import Plan
 from lmpress.recipes import FormStep, Junction, LeafContext, SiteStep
-from lmpress.source import bias_of, current_form, run_as_restored, set_form, store
+from lmpress.source import bias_of, current_form, failing_at, run_as_restored, set_form, store
 from lmpress.source.feeds import Fed, feed_with
 from lmpress.statistics import Channels
 from lmpress.stream import Gathered, Walk
@@ -85,7 +82,7 @@ class BlockTask:
         self._settle()
         for site in self.layout.sites:
             for at, index, step in self._site_steps(site):
-                with _naming(f"{self.name}.{at.name}"):
+                with failing_at(f"{self.name}.{at.name}"):
                     self._rewrite_channels(at, index, step)
             if any(self.plan.modules[self._full(linear)].steps for linear in site.linears):
                 self._rewrite_site(site)
@@ -148,8 +145,6 @@ class BlockTask:
 
     def _read(self, site: Site, readers: Mapping[str, Tensor], bias: Tensor | None, fed: Fed) -> None:
         """Let the linears of a site read what it is now."""
-        if bias is not None:
-            bias = bias.to(self.rest).to(bias)
         for linear, weight in readers.items():
             self._hold(linear, fed.settled(weight), bias)
         self._inputs[site.name] = self._inputs.get(site.name, Channels()).then(fed.channels)
@@ -162,7 +157,10 @@ class BlockTask:
         return ahead.gather(site, step.needs_hessian, signal=step.signal(self.layout))
 
     def _hold(self, linear: str, weight: Tensor, bias: Tensor | None) -> None:
+        """Let a linear have this weight, and this bias, where one is given, as it will be stored."""
         form: Form = Dense(weight)
+        if bias is not None:
+            bias = bias.to(self.rest).to(bias)
         if not self.plan.modules[self._full(linear)].steps:  # else rounded when all of them are done
             form = store(form, self.plan.dtype)
         set_form(self.block, linear, form, bias)
@@ -172,10 +170,11 @@ class BlockTask:
 
     def _rewrite_site(self, site: Site) -> None:
         """Rewrite the forms of the linears that read a site."""
-        gathered = self._gather(site)
+        with failing_at(f"{self.name}.{site.name}"):
+            gathered = self._gather(site)
         for linear in site.linears:
             if self.plan.modules[self._full(linear)].steps:
-                with _naming(self._full(linear)):
+                with failing_at(self._full(linear)):
                     self._rewrite_form(linear, gathered)
 
     def _gather(self, site: Site) -> Gathered | None:
@@ -243,15 +242,6 @@ def rewrite_early(block: nn.Module, index: int, plan: Plan, before: int) -> None
                 context = LeafContext(granularity, seed_of(plan.recipe.seed, name))
                 form = step.rewrite(current_form(block.get_submodule(linear)), None, context).form
                 set_form(block, linear, store(form, plan.dtype))
-
-
-@contextmanager
-def _naming(module: str) -> Iterator[None]:
-    """Say of which module a method failed."""
-    try:
-        yield
-    except (ValueError, LinAlgError) as error:
-        raise LmpressError(f"{module}: {error}") from error
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from lmpress.checkpoint import sha256_file, write_tensors
-from lmpress.errors import LmpressError, RequestError
+from lmpress.errors import RequestError
 from lmpress.forms import Dense, Form
-from lmpress.methods.damping import LinAlgError
 from lmpress.pipeline.assemble import assemble, discard, sizes
 from lmpress.pipeline.beforehand import Beforehand
 from lmpress.pipeline.block import BlockResult, BlockTask
@@ -38,6 +37,7 @@ from lmpress.source import (
     ModelSource,
     as_recipe_reads,
     block_tensors,
+    failing_at,
     outer_tensors,
     restored_block,
     restored_outer,
@@ -190,11 +190,9 @@ class Run:
         for name in self.plan.outer:
             if self.plan.modules[name].steps:
                 weight = tensors[f"{name}.weight"].to(self.setting.device, torch.float32)
-                try:
+                with failing_at(name):
                     metric = allocation.table(name, self.source.layout)
                     rewritten = rewrite_outer(Dense(weight), name, self.plan, metric)
-                except (ValueError, LinAlgError) as error:
-                    raise LmpressError(f"{name}: {error}") from error
                 forms[name], report[name] = rewritten.form, rewritten.report
         stored = outer_tensors(self.source, forms, tensors, self.plan.dtype)
         plan = {name: form.describe() for name, form in forms.items()}
@@ -261,7 +259,7 @@ class Run:
         shared = {f"step {i + 1}": facts for i, facts in allocation.facts(gradients=True).items()}
         manifest: dict[str, Any] = {
             "fingerprint": self.fingerprint,
-            "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
+            "source": {"name": self.source.name, "fingerprint": self.source.given.fingerprint},
             "recipe": self.recipe.resolved(),
             "calibration": [] if text is None else [text.record],
             "sizes": sizes(self.source, self.staging, plan),

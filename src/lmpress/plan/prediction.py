@@ -19,8 +19,7 @@ def predict(plan: Plan, source: ModelSource) -> dict[str, Any]:
     for name in rest:  # vectors in the type of the source, tables such as learned positions in `dtype`
         kept = plan.dtype if state[name].dim() > 1 else source.dtype
         total += state[name].numel() * kept.itemsize
-    recovery = plan.recipe.recovery
-    return {"bytes": total, "exact": exact and not (recovery is not None and recovery.adds_bytes)}
+    return {"bytes": total, "exact": exact}
 
 
 def outline(plan: Plan, name: str) -> Outline:
@@ -30,4 +29,5 @@ def outline(plan: Plan, name: str) -> Outline:
     result = Outline(shape, (Leaf(*shape),), sure, plan.dtype.itemsize)
     for index, step in plan.form_steps(name):
         result = step.after(replace(result, granularity=module.granularity.get(index)))
-    return result
+    recovery = plan.recipe.recovery
+    return result if recovery is None or name not in plan.trained else recovery.after(result)

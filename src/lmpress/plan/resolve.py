@@ -70,7 +70,7 @@ def _over_sites(plan: Plan, index: int, step: SiteStep) -> Plan:
             for linear in step.touched(site, layout.block(i)):
                 _check_order(plan, index, f"{layout.block_name(i)}.{linear}")
             sites[name] = (*sites.get(name, ()), index)
-    if len(sites) == len(plan.sites) and not any(index in steps for steps in sites.values()):
+    if not any(index in steps for steps in sites.values()):
         raise RequestError(f"{plan.place(index)} finds no site to work at in this model")
     return replace(plan, sites=sites)
 

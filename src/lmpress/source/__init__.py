@@ -17,6 +17,7 @@ from lmpress.source.blocks import (
 )
 from lmpress.source.dense_model import load_dense
 from lmpress.source.equal import as_recipe_reads
+from lmpress.source.failing import failing_at
 from lmpress.source.gguf_source import GgufSource
 from lmpress.source.model import ModelSource
 from lmpress.source.opening import open_source
@@ -34,6 +35,7 @@ __all__ = [
     "current_form",
     "dense_block",
     "dense_outer",
+    "failing_at",
     "load_dense",
     "open_source",
     "outer_tensors",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,10 @@ class EqualSource(ModelSource):
         self._inner, self._equality = inner, equality
         super().__init__(inner.name, equality.config(inner.config))
 
+    @property
+    def given(self) -> ModelSource:
+        return self._inner.given
+
     def _read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         result = {}
         for name in names:  # one at a time: what one is made of is let go before the next
@@ -40,7 +42,7 @@ class EqualSource(ModelSource):
         return self._inner.bytes_16bit  # a head that is tied no more is no part of the model that was given
 
     def _beside(self) -> Iterable[bytes]:
-        return (self._equality.told.encode(),)
+        return (*self._inner._beside(), self._equality.told.encode())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,11 +61,6 @@ class EqualSource(ModelSource):
 
     def copy_tokenizer(self, directory: Path) -> None:
         self._inner.copy_tokenizer(directory)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        told = f"{self._inner.fingerprint} {self._equality.told}"
-        return hashlib.sha256(told.encode()).hexdigest()
 
 
 def as_recipe_reads(source: ModelSource, recipe: Recipe) -> ModelSource:

@@ -34,7 +34,7 @@ class Fed:
         """A reader (out, n') that was made for what had been asked for, for what became of it."""
         if self.wanted.scale is None or self.channels.scale is None:
             return weight
-        return weight * (self.wanted.scale / self.channels.scale).to(weight)
+        return weight * (self.wanted.scale.to(self.channels.scale) / self.channels.scale).to(weight)
 
 
 def feed_with(

@@ -32,6 +32,11 @@ class ModelSource(ABC):
         self.config = config
         self.layout: Layout = layout_of(config)
 
+    @property
+    def given(self) -> ModelSource:
+        """The model as the user gave it, where this is another one that computes the same."""
+        return self
+
     @cached_property
     def skeleton(self) -> Any:
         """The model on the meta device. RequestError where the config asks for one that cannot be built."""

@@ -101,7 +101,7 @@ def calibration_text(
     check_context(source.config, seq_len, "calibration windows", "lower `seq_len` in the recipe")
     tokenizer = source.tokenizer()
     if spec == "self":
-        model = load_dense(source, torch.float32, device)
+        model = load_dense(source.given, torch.float32, device)
         windows = generate_text(model, tokenizer, samples, seq_len, seed).cpu()  # every one drawn alike
         record: dict[str, Any] = {"name": "self", "split": "generated", "sha256": fingerprint(windows)}
     else:
@@ -122,7 +122,7 @@ def borrowed_text(
             continue
         try:
             manifest = read_json(lender / MANIFEST)
-            if manifest.get("source", {}).get("fingerprint") != source.fingerprint:
+            if manifest.get("source", {}).get("fingerprint") != source.given.fingerprint:
                 continue
             for record in manifest.get("calibration") or []:
                 if wanted.items() <= record.items():

@@ -56,10 +56,10 @@ class Allocation:
 
     def after(self, blocks: Sequence[Mapping[str, Any]]) -> Allocation:
         """Behind the blocks whose entries in the journal these are, counted from the first."""
-        states = dict(self.states)
-        for index, state in states.items():
-            records = (entry.get("rates", {}).get(str(index)) for entry in blocks)
-            states[index] = replace(state, past=tuple(record for record in records if record is not None))
+        states = {index: replace(state, past=()) for index, state in self.states.items()}
+        for entry in blocks:
+            told = entry.get("rates", {})
+            states = {index: state.then(told.get(str(index))) for index, state in states.items()}
         return replace(self, states=states)
 
     def next(self, names: Sequence[str], tried: Mapping[str, Record] | None = None) -> Shares:

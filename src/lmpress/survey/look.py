@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lmpress.families import Layout
 from lmpress.plan import Plan
 from lmpress.progress import track
-from lmpress.source import bias_of, current_form
+from lmpress.source import bias_of, current_form, failing_at
 from lmpress.statistics import InputStatistics
 from lmpress.stream import Activations, BlockStream, Walk
 from lmpress.survey.budgets import BUDGETS, Budget, Pool, Sight
@@ -91,9 +91,11 @@ def look_backwards(
             name = f"{layout.block_name(i)}.{linear}"
             sensitivity[name] = square
             weight = current_form(block.get_submodule(linear)).dense()
-            for index, budget in budgets.items():
-                if name in budget.pool.shapes:
-                    told[index][name] = budget.look(Sight(weight, inputs[linear], square.to(weight.device)))
+            sight = Sight(weight, inputs[linear], square.to(weight.device))
+            with failing_at(name):
+                for index, budget in budgets.items():
+                    if name in budget.pool.shapes:
+                        told[index][name] = budget.look(sight)
 
     with entrances(stream, load, directory, "Survey of the blocks") as entered:
         if tables:
@@ -127,7 +129,8 @@ def look_forwards(
     """
     told: dict[str, Any] = {}
     for i in track(range(layout.num_blocks), "Survey of the blocks"):
-        told |= _looked_at(i, budget, layout, stream, load(i))
+        with failing_at(layout.block_name(i)):
+            told |= _looked_at(i, budget, layout, stream, load(i))
     return budget.give_out(told)
 
 

@@ -19,8 +19,12 @@ from torch import Tensor, nn
 
 from lmpress.families import Layout
 from lmpress.progress import track
+from lmpress.source import failing_at
 from lmpress.statistics import InputStatistics, StatisticsAccumulator
 from lmpress.stream import Activations, BlockStream, Spooled, StreamBlock, replaced_blocks
+
+Seen = Callable[[int, nn.Module, Mapping[str, Tensor], Mapping[str, InputStatistics]], None]
+"""Hears of a block: its index, itself, and by linear the mean squared gradients and the moments of inputs."""
 
 
 def entrance_gradient(outer: Any, stream: BlockStream, seed: int) -> Activations:
@@ -195,7 +199,7 @@ def sensitivities(
     outer: Any,
     entered: Sequence[Activations | Spooled],
     load: Callable[[int], nn.Module],
-    seen: Callable[[int, nn.Module, Mapping[str, Tensor], Mapping[str, InputStatistics]], None],
+    seen: Seen,
     seed: int,
 ) -> Activations:
     """Go back through all blocks, the last one first.
@@ -210,18 +214,25 @@ def sensitivities(
     Returns:
         the gradients by the hidden states in front of the first block, (samples, seq_len, width).
     """
-    layout = stream.layout
     gradients = entrance_gradient(outer, stream, seed)
-    for i in track(range(layout.num_blocks - 1, -1, -1), "Sensitivity of the blocks"):
-        block, at = load(i), stream.block(i)
-        firsts = {site.linears[0]: site for site in at.layout.sites}
-        inputs = {
-            name: StatisticsAccumulator(
-                int(cast(Any, block.get_submodule(name)).in_features), True, stream.device
-            )
-            for name in firsts
-        }
-        squares = squared_gradients(at, block, entered[i], gradients, inputs)
-        results = {name: accumulator.result() for name, accumulator in inputs.items()}
-        seen(i, block, squares, {linear: results[n] for n, s in firsts.items() for linear in s.linears})
+    for i in track(range(stream.layout.num_blocks - 1, -1, -1), "Sensitivity of the blocks"):
+        _backwards(stream.block(i), load(i), entered[i], gradients, seen)  # alone: no block outlives its turn
     return gradients
+
+
+def _backwards(
+    at: StreamBlock, block: nn.Module, entrance: Activations | Spooled, gradients: Activations, seen: Seen
+) -> None:
+    """Let the gradients go through one block, and tell of it."""
+    firsts = {site.linears[0]: site for site in at.layout.sites}
+    inputs = {
+        name: StatisticsAccumulator(
+            int(cast(Any, block.get_submodule(name)).in_features), True, at.stream.device
+        )
+        for name in firsts
+    }
+    squares = squared_gradients(at, block, entrance, gradients, inputs)
+    with failing_at(at.stream.layout.block_name(at.index)):
+        results = {name: accumulator.result() for name, accumulator in inputs.items()}
+    told = {linear: results[name] for name, site in firsts.items() for linear in site.linears}
+    seen(at.index, block, squares, told)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from lmpress.recipes.outline import Outline, factors
 from lmpress.recipes.steps.base import Positive, Step
 
 
@@ -38,10 +40,13 @@ class Recover(Step):
     def blocks_only(self) -> bool:
         return True
 
-    @property
-    def adds_bytes(self) -> bool:
-        """Whether what it learns is stored beside what is there."""
-        return self.keep == "term"
+    def after(self, outline: Outline) -> Outline:
+        if self.keep == "merge":
+            return outline
+        more = factors(outline.shape, self.rank)
+        return replace(
+            outline, leaves=(*outline.leaves, *more), exact=False
+        )  # none where training was in vain
 
     def conflict(self, earlier: Sequence[Step]) -> str | None:
         other = next((s.kind for s in earlier if not s.takes_updates), None)

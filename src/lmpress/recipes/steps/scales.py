@@ -56,5 +56,7 @@ class Awq(SiteStep):
         scale, report = awq_scales(readers, junction.statistics, self.told(AwqOptions), junction.feed.heads)
         if not report["alpha"]:
             return SiteRewritten(junction.readers, Channels(), None, report)
-        weights = {linear: weight.float() * scale for linear, weight in junction.readers.items()}
+        weights = {
+            linear: weight.float() * scale.to(weight.device) for linear, weight in junction.readers.items()
+        }
         return SiteRewritten(weights, Channels(scale=1.0 / scale), None, report)

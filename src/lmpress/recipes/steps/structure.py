@@ -66,7 +66,8 @@ class PruneNeurons(SiteStep):
         return True
 
     def conflict(self, earlier: Sequence[Step]) -> str | None:
-        before = forms_before(earlier)
+        # scaled neurons would be ranked by their scales, and these were made for columns that go
+        before = next((s.kind for s in earlier if s.scope == "sites"), None) or forms_before(earlier)
         return f"prune_neurons comes before {before} of the same MLP" if before else None
 
     def overlaps(self, other: Step) -> bool:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
+from weakref import ReferenceType, ref
 
 from torch import Tensor
 
@@ -104,7 +105,7 @@ class Budget(ABC):
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self._last: tuple[InputStatistics, Tensor] | None = None
+        self._last: tuple[ReferenceType[InputStatistics], Tensor] | None = None
 
     @property
     def decides(self) -> Any:
@@ -154,9 +155,9 @@ class Budget(ABC):
         return {}
 
     def _columns(self, inputs: InputStatistics) -> Tensor:
-        """`_weigh`, made once for the linears of a site, which have one input."""
-        if self._last is None or self._last[0] is not inputs:
-            self._last = inputs, self._weigh(inputs)
+        """`_weigh`, made once for the linears of a site, which have one input. Its Hessian is not kept."""
+        if self._last is None or self._last[0]() is not inputs:
+            self._last = ref(inputs), self._weigh(inputs)
         return self._last[1]
 
     def _weigh(self, inputs: InputStatistics) -> Tensor:
