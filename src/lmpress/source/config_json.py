@@ -60,6 +60,10 @@ ROPE = {
 """The kinds of rotary frequencies that the families read, and what belongs to each."""
 
 
+POSITIVE = ("rope_theta", "factor")
+"""What frequencies are divided by."""
+
+
 def read_config(directory: Path) -> Any:
     """The transformers config of a dense causal language model.
 
@@ -78,7 +82,7 @@ def read_config(directory: Path) -> Any:
     layout_of(config)
     _check_architectures(path, raw)
     _check_keys(path, raw, config)
-    _check_rope(path, config)
+    check_rope(path, config)
     return config
 
 
@@ -163,7 +167,7 @@ def _neutral(value: Any) -> bool:
     return value == 1 and not isinstance(value, bool)
 
 
-def _check_rope(path: Path, config: Any) -> None:
+def check_rope(path: Path, config: Any) -> None:
     """Refuse rotary frequencies that the families do not compute; tell of parameters that play no part."""
     for rope in _ropes(getattr(config, "rope_parameters", None)):
         kind = rope.get("rope_type", "default")
@@ -171,6 +175,12 @@ def _check_rope(path: Path, config: Any) -> None:
             raise RequestError(
                 f"{path} has rotary frequencies of type {short(kind)}; lmpress reads {', '.join(ROPE)}"
             )
+        for key in POSITIVE:
+            value = rope.get(key, 1)
+            if not isinstance(value, int | float) or not value > 0:
+                raise RequestError(
+                    f"{path}: the {key} of its rotary frequencies is {short(value)}, not above 0"
+                )
         if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise RequestError(
                 f"{path} turns only a part of each head (partial_rotary_factor"

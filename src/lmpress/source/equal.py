@@ -56,6 +56,9 @@ class EqualSource(ModelSource):
     def copy_tokenizer(self, directory: Path) -> None:
         self._inner.copy_tokenizer(directory)
 
+    def check_tokenizer(self) -> None:
+        self._inner.check_tokenizer()
+
     @cached_property
     def fingerprint(self) -> str:
         told = f"{self._inner.fingerprint} {self._equality.told}"
