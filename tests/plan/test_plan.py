@@ -231,3 +231,12 @@ def test_ranks_that_the_text_gives_out_are_an_estimate(tiny: Callable[[str], Pat
     )
     assert known["exact"]
     assert not shared["exact"]
+
+
+@pytest.mark.parametrize("options", [{}, {"allocation": "loss", "ratio": 0.2}])
+@pytest.mark.parametrize("unit", [96, 97, 10**20])
+def test_neurons_too_few_for_their_multiples(unit: int, options: dict[str, Any], tiny: Any) -> None:
+    with pytest.raises(
+        RequestError, match=rf"multiple_of: {unit} leaves nothing to remove of the 96 neurons"
+    ):
+        lmpress.plan(tiny("llama"), one({"prune_neurons": options | {"multiple_of": unit}}))
