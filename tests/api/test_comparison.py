@@ -65,6 +65,21 @@ def test_files(comparison: lmpress.Comparison) -> None:
     assert (comparison.directory / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_two_texts_of_one_file_name_have_columns_of_their_own(
+    tiny: Callable[[str], Path], other_text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "evaluation.txt").write_text(
+        "Rain falls on the hills, and the rivers carry it to the sea. " * 9
+    )
+    texts = [str(other_text), str(tmp_path / "evaluation.txt")]
+    compared = lmpress.compare(tiny("llama"), ["int8"], tmp_path / "out", text=texts, window=64)
+    dense = next(csv.DictReader(io.StringIO(compared.to_csv())))
+    measured = compared.rows[0].to_json()["texts"]
+    assert len({text["tokens"] for text in measured}) == 2
+    for text in measured:
+        assert int(dense[f"tokens (file:evaluation.txt {text['corpus_sha256'][:12]})"]) == text["tokens"]
+
+
 def test_a_second_comparison_compresses_nothing(
     comparison: lmpress.Comparison,
     tiny: Callable[[str], Path],

@@ -86,6 +86,13 @@ def test_who_says_where_a_text_ends(tmp_path: Path) -> None:
     assert end_tokens(model, tokenizer, tmp_path) == {0}
 
 
+@pytest.mark.parametrize("ends", ['"</s>"', "[7, null]", '{"id": 7}', "true", "1.5", '["7"]'])
+def test_what_ends_a_text_is_a_token(ends: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
+    with pytest.raises(RequestError, match=r"generation_config\.json: eos_token_id is .* no token"):
+        end_tokens(tiny_model("llama"), tiny_tokenizer(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("prompt", "steps", "words"),
     [

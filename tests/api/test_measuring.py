@@ -68,3 +68,18 @@ def test_windows_beyond_the_context_are_refused(
 ) -> None:
     with pytest.raises(RequestError, match=f"longer than the model's context of 256: {remedy}"):
         lmpress.evaluate(tiny("llama"), text=str(other_text), **options)
+
+
+def test_a_window_of_none_is_refused(tiny: Tiny, other_text: Path) -> None:
+    with pytest.raises(RequestError, match="at least 2 tokens, not 0"):
+        lmpress.evaluate(tiny("llama"), text=str(other_text), window=0)
+
+
+def test_the_same_text_twice_is_refused(tiny: Tiny, other_text: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "twin.txt"
+    twin.write_bytes(other_text.read_bytes())
+    with pytest.raises(RequestError, match=r"file:evaluation\.txt and file:twin\.txt are the same text"):
+        lmpress.evaluate(tiny("llama"), text=[str(other_text), str(twin)], window=64)
+    step = {"calibration": {"samples": 2, "seq_len": 16}, "steps": [{"quantize": {"solver": "gptq"}}]}
+    with pytest.raises(RequestError, match="are the same text"):
+        lmpress.compress(tiny("llama"), step, tmp_path / "out", calibration=f"{twin},{other_text}")

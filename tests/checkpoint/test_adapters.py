@@ -27,13 +27,14 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "int8": [{"quantize": {"bits": 8}}, EMBEDDINGS],
     "int4": [{"quantize": {"bits": 4, "granularity": "group:32"}}, EMBEDDINGS],
     "factors": [{"svd": {"targets": "linears", "ratio": 0.8}}, EMBEDDINGS],
+    "coded factors": [{"svd": {"targets": "linears", "ratio": 0.8}}, {"quantize": {"bits": 8}}],
     "sum": [{"sparse_low_rank": {"sparsity": 0.5, "iterations": 5}}, EMBEDDINGS],
     "coded": [{"entropy_quantize": {"bits": 4}}, {"entropy_quantize": {"targets": "embeddings", "bits": 5}}],
     "sparse": [{"sparsify": {"sparsity": 0.5}}],
     "2:4": [{"sparsify": {"method": "wanda", "pattern": "2:4"}}],
     "pruned": [{"prune_neurons": {"allocation": "loss", "ratio": 0.2, "multiple_of": 8}}],
 }
-PACKED, MATRICES = list(RECIPES)[:5], list(RECIPES)[5:]
+PACKED, MATRICES = list(RECIPES)[:6], list(RECIPES)[6:]
 LINEARS = ["q_proj", "down_proj"]
 
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import lmpress
+from lmpress.api import inspect
 from lmpress.checkpoint import plan_of
 from lmpress.forms.linear import FormHolder
 from tests.tiny import TINY
@@ -94,6 +95,18 @@ def test_a_bare_model_that_was_saved_goes_back_under_a_head(
     whole = AutoModelForCausalLM.from_pretrained(compressed("llama"), dtype=torch.float32)
     AutoModel.from_pretrained(compressed("llama"), dtype=torch.float32).save_pretrained(tmp_path / "bare")
     assert torch.equal(outputs(lmpress.load(tmp_path / "bare", dtype=torch.float32)), outputs(whole))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
+def test_the_table_of_a_bare_model_is_that_of_the_whole_one(
+    family: str, compressed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for kind in (AutoModel, AutoModelForCausalLM):
+        kind.from_pretrained(compressed(family)).save_pretrained(tmp_path / kind.__name__)
+    told, rows = inspect(tmp_path / "AutoModel")
+    whole, expected = inspect(tmp_path / "AutoModelForCausalLM")
+    assert rows == expected
+    assert told["sizes"]["linear_bpw"] == whole["sizes"]["linear_bpw"]
 
 
 def test_fewer_blocks_than_the_plan_names(compressed: Callable[[str], Path]) -> None:

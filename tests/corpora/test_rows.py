@@ -49,6 +49,17 @@ PARTS = [{"type": "text", "text": "Look:"}, {"type": "image_url", "image_url": {
         ({"messages": str(TURNS)}, "Why?\n\nBecause.", "messages"),
         ({"messages": '[{"role": "user", "content": "Why?"}]'}, "Why?", "messages"),
         ({"prompt": "Why?", "messages": TURNS}, "Why?\n\nBecause.", "messages"),
+        ({"system": "Be brief.", "messages": TURNS}, "Be brief.\n\nWhy?\n\nBecause.", "system + messages"),
+        (
+            {"system": "Be brief.", "messages": [{"role": "system", "content": "Be brief."}, *TURNS]},
+            "Be brief.\n\nWhy?\n\nBecause.",
+            "messages",
+        ),
+        ({"system": None, "messages": TURNS}, "Why?\n\nBecause.", "messages"),
+        ({"system": "Be brief.", "messages": [], "body": "one"}, "one", "body"),
+        ({"prompt": "Why?", "chosen": TURNS, "rejected": TURNS[:1]}, "Why?\n\nBecause.", "chosen"),
+        ({"prompt": PROSE, "chosen": f"{PROSE} It does.", "rejected": "No."}, f"{PROSE} It does.", "chosen"),
+        ({"prompt": "I", "completion": "It"}, "I\n\nIt", "prompt + completion"),
         ({"text": None, "messages": TURNS}, "Why?\n\nBecause.", "messages"),
         (
             {"output": "ba", "instruction": "Turn it.", "input": "ab"},

@@ -48,6 +48,10 @@ def _table(path, delimiter=",", end="\r\n", **options):
         ("a.json", json.dumps({"version": "1", "data": ROWS})),
         ("a.json", json.dumps({"text": TEXTS, "id": [0, 1, 2]})),
         ("a.json", json.dumps({"text": TEXTS})),
+        ("a.json", json.dumps({"text": dict(enumerate(TEXTS)), "id": dict(enumerate(range(3)))})),
+        ("a.json", json.dumps({"text": dict(enumerate(TEXTS))})),
+        ("a.json", json.dumps(dict(enumerate(ROWS)))),
+        ("a.json", json.dumps({f"id_{row['id']}": row for row in ROWS})),
         ("a.json", json.dumps(TEXTS)),
         ("a.txt", _lines(ROWS)),
         ("a", json.dumps(ROWS, indent=1)),
@@ -91,6 +95,15 @@ def test_a_table_without_a_header_loses_no_row(tmp_path):
     assert corpus.rows["fields"] == {"column 2": 3}
 
 
+def test_a_first_row_that_is_a_sentence_is_no_header(tmp_path):
+    texts = tuple(f"Rain falls on the hills in week {i}." for i in range(3))
+    assert _load(tmp_path, "a.csv", "\n".join(texts)).documents == texts
+
+
+def test_a_line_that_names_the_delimiter_is_no_row(tmp_path):
+    assert _load(tmp_path, "a.csv", "sep=;\r\nid;text\r\n0;one, two\r\n").documents == ("one, two",)
+
+
 def test_the_index_that_pandas_writes_has_no_name(tmp_path):
     assert _load(tmp_path, "a.csv", ",text\n0,one\n1,two\n").documents == ("one", "two")
 
@@ -110,6 +123,8 @@ def test_the_index_that_pandas_writes_has_no_name(tmp_path):
         ("a.csv", "id,text\n", "it has no rows"),
         ("a.csv", "id,text\n1,one, two\n", "line 2: 3 cells, and 2 columns"),
         ("a.csv", 'id,text\n1,ok\n2,"never closed\n', "line 3: not CSV"),
+        ("a.csv", "text,Text\none,two\n", "line 1: 2 columns are called 'text'"),
+        ("a.json", '{"text": {"en": "one", "de": "eins"}}', "its fields hold objects, not strings"),
         ("a.csv", "id,source\nconv_1,x\nconv_2,x\n", r"no field holds a text.*id, source"),
     ],
 )

@@ -84,6 +84,13 @@ def test_it_tells_of_the_parameter_behind_it(kind: str) -> None:
     assert weight.mark
 
 
+@pytest.mark.parametrize("kind", list(FORMS))
+def test_it_is_taken_for_a_matrix_and_not_for_a_convolution(kind: str) -> None:
+    assert (
+        CompressedLinear(FORMS[kind]()).weight.ndim == CompressedLinear(FORMS[kind]()).weight.data.ndim == 2
+    )
+
+
 def test_a_dense_form_is_its_matrix() -> None:
     module = CompressedLinear(Dense(torch.ones(6, 16)))
     assert module.weight is dict(module.named_parameters())["weight"]

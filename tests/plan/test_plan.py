@@ -243,3 +243,12 @@ def test_the_terms_that_training_leaves_are_foretold(
     assert stored == pytest.approx(predicted, abs=256)
     recover["keep"] = "merge"
     assert lmpress.plan(tiny("llama"), {"steps": steps})["predicted"]["exact"]
+
+
+@pytest.mark.parametrize("options", [{}, {"allocation": "loss", "ratio": 0.2}])
+@pytest.mark.parametrize("unit", [96, 97, 10**20])
+def test_neurons_too_few_for_their_multiples(unit: int, options: dict[str, Any], tiny: Any) -> None:
+    with pytest.raises(
+        RequestError, match=rf"multiple_of: {unit} leaves nothing to remove of the 96 neurons"
+    ):
+        lmpress.plan(tiny("llama"), one({"prune_neurons": options | {"multiple_of": unit}}))

@@ -135,12 +135,20 @@ def test_names_of_the_same_model(
         ("embedding_multiplier", 12.0),
         ("logits_scaling", 8.0),
         ("logit_scale", 0.06),
+        ("use_qk_norm", True),
+        ("qk_layernorm", True),
+        ("use_parallel_residual", True),
+        ("no_rope_layers", [1, 0]),
+        ("scale_depth", 1.4),
         ("per_layer_config", {"0": {"intermediate_size": 32}}),
         ("block_configs", [{"ffn": 1}]),
         ("layer_types", ["sliding_attention", "full_attention"]),
         ("partial_rotary_factor", 0.5),
         ("rope_parameters", {"rope_type": "of_tomorrow", "rope_theta": 1e4, "factor": 2.0}),
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0.0}),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": "high"}),
         ("intermediate_size", [96, 64]),
         ("num_attention_heads", [4, 2]),
         ("hidden_act", "of_tomorrow"),
@@ -186,6 +194,7 @@ def test_scalings_as_older_configs_write_them(
     ("key", "value", "words"),
     [
         ("of_a_fork", 3, "of_a_fork"),
+        ("of_a_fork", True, "of_a_fork"),
         ("sliding_window", 16, "sliding_window"),
         ("auto_map", {"AutoModelForCausalLM": "m.M"}, "auto_map"),
         ("architectures", ["MistralForCausalLM"], "model_type counts"),
@@ -209,6 +218,9 @@ def test_what_plays_no_part_is_told(
     [
         ("num_experts", 0),
         ("embedding_multiplier", 1.0),
+        ("no_rope_layers", [1, 1]),
+        ("attn_implementation", "flash_attention_2"),
+        ("_attn_implementation", "flash_attention_2"),
         ("layer_types", ["full_attention", "full_attention"]),
         ("temperature", 0.7),
         ("torch_dtype", "float16"),
@@ -222,3 +234,8 @@ def test_what_changes_nothing_passes_in_silence(
     capsys.readouterr()
     read_config(path)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_way_to_run_that_is_not_at_hand_is_not_asked_for(key: str, changed: Callable[..., Path]) -> None:
+    assert open_source(changed(**{key: "of_tomorrow"})).skeleton.config.model_type == "llama"

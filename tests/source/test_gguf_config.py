@@ -42,6 +42,8 @@ def opened(tmp_path: Path, keys: dict[str, Any], family: str = "llama", architec
         ({"attention.head_count": 0}, "no attention heads"),
         ({"block_count": "two"}, "describes no model"),
         ({"rope.freq_base": "high"}, "describes no model"),
+        ({"rope.freq_base": 0.0}, "rope_theta of its rotary frequencies is 0"),
+        ({"rope.scaling.factor": -2.0}, "factor of its rotary frequencies is -2"),
         (
             {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 2.0},
             "attn_fac",

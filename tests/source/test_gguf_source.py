@@ -142,6 +142,31 @@ def test_gemma3_is_scaled_where_it_sees_everything(tmp_path: Path) -> None:
     same(write_gguf(model, "gemma3", tmp_path / "m.gguf", keys), model)
 
 
+def test_gemma3_without_a_window_sees_everything(tmp_path: Path) -> None:
+    config = TINY["gemma3"]()
+    config.layer_types = ["full_attention"] * 3
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert (
+        same(write_gguf(model, "gemma3", tmp_path / "m.gguf"), model).config.layer_types == config.layer_types
+    )
+
+
+def test_weights_of_64_bits(tmp_path: Path) -> None:
+    model, name = tiny_model("llama"), "blk.0.ffn_up.weight"
+    wide = model.model.layers[0].mlp.up_proj.weight.detach().double().numpy()
+    same(write_gguf(model, "llama", tmp_path / "m.gguf", tensors={name: wide}), model)
+
+
+def test_a_tokenizer_that_cannot_go_along_is_found_out_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tiny_model("llama"), "llama", tmp_path / "m.gguf", {"tokenizer.ggml.model": "rwkv"})
+    monkeypatch.setattr("lmpress.pipeline.run.Run.execute", None)  # nothing of it is done
+    with pytest.raises(RequestError, match="no tokenizer that transformers reads"):
+        lmpress.compress(path, "int8", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_head_of_its_own_is_used_and_a_missing_one_is_the_embedding(tmp_path: Path) -> None:
     untied = tiny_model("llama-untied")
     assert not same(write_gguf(untied, "llama", tmp_path / "own.gguf"), untied).config.tie_word_embeddings
@@ -204,4 +229,4 @@ def test_a_weight_that_is_not_finite(tmp_path: Path) -> None:
     weight = numpy.full(64, numpy.nan, dtype=numpy.float32)
     path = write_gguf(tiny_model("llama"), "llama", tmp_path / "m.gguf", {}, {"output_norm.weight": weight})
     with pytest.raises(RequestError, match=r"model\.norm\.weight holds NaN"):
-        lmpress.compress(path, "int8", tmp_path / "out")
+        open_source(path).read(["model.norm.weight"])

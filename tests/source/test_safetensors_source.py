@@ -90,14 +90,30 @@ def test_what_belongs_to_nothing_is_told(copy: Callable, capsys: pytest.CaptureF
     assert "and 7 more" in told[0]
 
 
-def test_buffers_of_old_checkpoints_pass_in_silence(
-    copy: Callable, capsys: pytest.CaptureFixture[str]
+FREQUENCIES = 1e4 ** -(torch.arange(8, dtype=torch.float64) / 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}])
+def test_frequencies_of_old_checkpoints_pass_in_silence(
+    scaling: dict | None, dtype: torch.dtype, copy: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"]
-    path = change(copy("llama"), adding(**dict.fromkeys(names, (8,))))
+    path = change(copy("llama"), lambda t: t.update({name: FREQUENCIES.to(dtype) for name in names}))
+    if scaling:
+        config(path, rope_parameters=scaling | {"rope_theta": 1e4})
     capsys.readouterr()
     open_source(path)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("other", [5e5 ** -(torch.arange(8) / 8), FREQUENCIES[:4], FREQUENCIES.new_ones(8)])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_frequencies_of_another_model_are_refused(family: str, other: Tensor, copy: Callable) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    path = change(copy(family), lambda t: t.update({name: other.float()}))
+    with pytest.raises(RequestError, match=rf"{name} holds other rotary frequencies.*rope_theta"):
+        open_source(path)
 
 
 def test_a_head_of_another_task_is_told(copy: Callable, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +203,29 @@ def test_a_shard_that_is_missing_cut_off_or_there_twice(tmp_path: Path) -> None:
     shutil.copy(shards[0], shard)
     with pytest.raises(RequestError, match="both hold"):
         open_source(path)
+
+
+def test_an_index_that_names_more_than_there_is(tmp_path: Path) -> None:
+    path = (
+        save_tiny("llama-untied", tmp_path / "sharded", max_shard_size="100KB")
+        / "model.safetensors.index.json"
+    )
+    index = json.loads(path.read_text())
+    index["weight_map"][Q + "bias"] = index["weight_map"][Q + "weight"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(RequestError, match=rf"index\.json names {Q}bias, and no file of it holds that"):
+        open_source(path.parent)
+
+
+@pytest.mark.parametrize("size", ["100KB", "5GB"])
+def test_weights_in_other_files_are_told(
+    size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_tiny("llama-untied", tmp_path / "model", max_shard_size=size)
+    save_file({Q + "lora_A.weight": torch.ones(4, 64)}, path / "adapter_model.safetensors")
+    capsys.readouterr()
+    open_source(path)
+    assert "not used: adapter_model.safetensors" in capsys.readouterr().err
 
 
 def test_one_file_beside_the_shards(copy: Callable, tmp_path: Path) -> None:

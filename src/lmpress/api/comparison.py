@@ -187,9 +187,11 @@ def _write(comparison: Comparison) -> None:
 def _flat(told: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the CSV: scalars as they are, a column a text, the speeds spelled out."""
     flat = {k: v for k, v in told.items() if not isinstance(v, dict | list) and k != "reference"}
-    for text in told["texts"]:
+    names = [text["corpus"] for text in told["texts"]]
+    for name, text in zip(names, told["texts"], strict=True):  # files of one name differ by their hashes
+        place = name if names.count(name) == 1 else f"{name} {text['corpus_sha256'][:12]}"
         for key in ("perplexity", *(metric.key for metric in METRICS), "tokens", "not_finite"):
-            flat[f"{key} ({text['corpus']})"] = text[key]
+            flat[f"{key} ({place})"] = text[key]
     speeds = told["throughput"] or {}
     for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_ratio", "decode_ratio"):
         flat[key] = speeds.get(key)

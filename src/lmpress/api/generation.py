@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -58,10 +59,17 @@ def end_tokens(model: Any, tokenizer: Any, directory: Path | None) -> Set[int]:
     file = None if directory is None else directory / "generation_config.json"
     told = read_json(file) if file is not None and file.is_file() else {}
     stated = told.get("eos_token_id") if isinstance(told, dict) else None
+    if stated is not None and not _are_tokens(stated):
+        raise RequestError(f"{file}: eos_token_id is {short(stated)}, which is no token; mend or remove it")
     for ends in (stated, model.config.get_text_config().eos_token_id, tokenizer.eos_token_id):
         if ends is not None:
             return frozenset(ends if isinstance(ends, list) else [ends])
     return frozenset()
+
+
+def _are_tokens(value: Any) -> bool:
+    """Whether a value of a JSON file is a token or a list of them; a bool is none."""
+    return all(type(token) is int for token in (value if isinstance(value, list) else [value]))
 
 
 def _likeliest(model: Any, ids: Tensor, steps: int, ends: Set[int]) -> list[int]:

@@ -20,7 +20,14 @@ from lmpress.checkpoint import (
     verify_checkpoint,
     write_bytes,
 )
-from lmpress.corpora import Corpus, check_corpus, evaluation_split, evaluation_windows, load_corpus
+from lmpress.corpora import (
+    Corpus,
+    check_corpus,
+    check_distinct,
+    evaluation_split,
+    evaluation_windows,
+    load_corpus,
+)
 from lmpress.errors import RequestError, writing
 from lmpress.evaluation import (
     Evaluation,
@@ -122,6 +129,7 @@ def evaluate_loaded(
     throughput: bool,
 ) -> dict[str, Evaluation]:
     corpora = [load_corpus(spec, evaluation_split(spec)) for spec in specs]
+    check_distinct(corpora)
     model, tokenizer, _ = next(iter(loaded.values()))
     texts = [
         _evaluation_text(corpus, tokenizer, model.config, window, max_tokens, paper_protocol)
@@ -154,7 +162,7 @@ def _evaluation_text(
 ) -> EvaluationText:
     if protocol == "spq":
         return spq_text(corpus, tokenizer, tokenizer.bos_token_id)
-    size = window or default_window(config)
+    size = default_window(config) if window is None else window
     windows = evaluation_windows(corpus, tokenizer, size, max_tokens)
     if not windows:
         raise RequestError(f"{corpus.name} has fewer than two tokens: nothing to evaluate on")

@@ -11,6 +11,7 @@ from lmpress.checkpoint.files import (
     is_plain_name,
     json_text,
     read_header,
+    read_index,
     read_json,
     read_tensors,
     sha256_file,
@@ -22,7 +23,7 @@ from lmpress.checkpoint.files import (
 )
 from lmpress.checkpoint.gguf_header import read_gguf_header
 from lmpress.checkpoint.manifest import read_manifest
-from lmpress.checkpoint.plan import FORMAT_VERSION, stored_names
+from lmpress.checkpoint.plan import FORMAT_VERSION, names_in, stored_names
 from lmpress.checkpoint.plugin import (
     METHOD,
     RESIDENT,
@@ -63,10 +64,12 @@ __all__ = [
     "is_plain_name",
     "json_text",
     "model_card",
+    "names_in",
     "plan_of",
     "put_forms",
     "read_gguf_header",
     "read_header",
+    "read_index",
     "read_json",
     "read_manifest",
     "read_tensors",

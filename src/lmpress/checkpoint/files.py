@@ -212,7 +212,12 @@ def shard_paths(directory: Path) -> list[Path]:
 
 
 def indexed_paths(directory: Path) -> list[Path]:
-    """The files that the index of a checkpoint names, in order.
+    """The files that the index of a checkpoint names, in order. RequestError as of `read_index`."""
+    return [directory / name for name in sorted(set(read_index(directory).values()))]
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """What the index of a checkpoint tells: tensor -> the file that holds it.
 
     Raises:
         RequestError: the index is broken, or names a path that leaves the directory.
@@ -226,7 +231,7 @@ def indexed_paths(directory: Path) -> list[Path]:
             raise RequestError(
                 f"{directory / INDEX} names {short(name)}, which is outside its directory or no file name"
             )
-    return [directory / name for name in sorted(set(weight_map.values()))]
+    return weight_map
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,13 @@
 """Where calibration and evaluation text comes from."""
 
-from lmpress.corpora.corpus import Corpus, check_corpus, evaluation_split, load_corpus, split_specs
+from lmpress.corpora.corpus import (
+    Corpus,
+    check_corpus,
+    check_distinct,
+    evaluation_split,
+    load_corpus,
+    split_specs,
+)
 from lmpress.corpora.generate import generate_text
 from lmpress.corpora.mixing import draw_windows
 from lmpress.corpora.overlap import fingerprint, ngram_overlap
@@ -19,6 +26,7 @@ __all__ = [
     "calibration_windows",
     "check_context",
     "check_corpus",
+    "check_distinct",
     "check_ids",
     "context_of",
     "draw_windows",

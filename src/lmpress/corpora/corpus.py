@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,15 @@ def check_corpus(spec: str) -> None:
     """
     if spec not in NAMED:
         _path(spec)
+
+
+def check_distinct(corpora: Sequence[Corpus]) -> None:
+    """RequestError where a text is there twice: it would count double."""
+    names: dict[str, str] = {}
+    for corpus in corpora:
+        if corpus.sha256 in names:
+            raise RequestError(f"{names[corpus.sha256]} and {corpus.name} are the same text: name it once")
+        names[corpus.sha256] = corpus.name
 
 
 def _path(spec: str) -> Path:

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,12 @@ def take_text(path: Path, rows: Iterable[tuple[str, Any]]) -> Taken:
     elif len(foreign) > len(texts):
         raise _no_field(path, f"in {len(foreign)} of {len(cleaned)} rows", foreign)
     if not texts:
-        reason = "every document is empty" if cleaned else "it has no rows"
+        reason = "it has no rows"
+        if cleaned:
+            parts = any(
+                isinstance(value, dict) and value for row in cleaned.values() for value in row.values()
+            )
+            reason = "its fields hold objects, not strings" if parts else "every document is empty"
         raise RequestError(f"the file {path} holds no text: {reason}")
     for place, (_, text) in texts.items():
         _check_unicode(place, text)
@@ -154,7 +159,11 @@ def _plain(place: str, row: Row) -> Found | None:
 
 
 def _conversation(place: str, row: Row) -> Found | None:
-    return _first({name: _decoded(place, row[name]) for name in CONVERSATIONS if name in row})
+    turns = {name: _decoded(place, row[name]) for name in CONVERSATIONS if name in row}
+    found = _first(turns)
+    if found is None or found == EMPTY:
+        return found
+    return _joined({**row, **turns}, (*SETTINGS, found.field))
 
 
 def _task(place: str, row: Row) -> Found | None:
@@ -176,10 +185,20 @@ def _first(row: Row) -> Found | None:
 
 
 def _joined(row: Row, names: Sequence[str]) -> Found | None:
-    """The texts of the fields that are there, one after the other."""
+    """The texts of the fields that are there, one after the other, and none that the next repeats."""
     texts = {name: _content(row[name]) for name in names if name in row}
     told = {name: text for name, text in texts.items() if text}
+    for name, following in pairwise(tuple(told)):
+        if _repeats(told[following], told[name]):
+            del told[name]
     return Found(" + ".join(told), "\n\n".join(told.values())) if texts else None
+
+
+def _repeats(text: str, earlier: str) -> bool:
+    """Whether a text begins with all of an earlier one: a conversation with the prompt that it answers."""
+    if not text.startswith(earlier):
+        return False
+    return text[len(earlier) :][:1] in ("", "\n") or _words(earlier) >= WORDS
 
 
 def _content(value: Any, depth: int = DEPTH) -> str:
@@ -216,6 +235,11 @@ def _prose_field(path: Path, rows: Sequence[Row]) -> str:
     if len(prose) == 1:
         return prose[0]
     raise _no_field(path, f"for certain (it may be {' or '.join(prose)})" if prose else "in any row", rows)
+
+
+def reads_like_text(name: str) -> bool:
+    """Whether what may be the name of a field is a sentence."""
+    return _words(name) >= WORDS
 
 
 def _is_prose(texts: Sequence[str], rows: int) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmpress.corpora.rows import has_text, is_conversation
+from lmpress.corpora.rows import has_text, is_conversation, reads_like_text
 from lmpress.errors import RequestError
 
 Rows = list[tuple[str, Any]]
@@ -77,6 +79,7 @@ def _json_lines(path: Path, text: str, whole: Exception) -> Rows:
 
 def _rows_of(path: Path, value: Any) -> Sequence[Any]:
     """The rows in a JSON value: a list of them, the one list of an object, its columns, or a single row."""
+    value = _without_index(value)
     if isinstance(value, list):
         return [value] if is_conversation(value) else value
     if not isinstance(value, dict):
@@ -94,6 +97,16 @@ def _rows_of(path: Path, value: Any) -> Sequence[Any]:
     return _rows_of(path, next(iter(lists.values()))) if lists else [value]
 
 
+def _without_index(value: Any) -> Any:
+    """Rows or columns that stand under the numbers or names of rows, as pandas writes them, without these."""
+    parts = list(value.values()) if isinstance(value, dict) else []
+    if not parts or not all(isinstance(part, dict) and part for part in parts):
+        return value
+    if len({tuple(part) for part in parts}) == 1 and all(map(str.isdecimal, parts[0])):
+        return {name: list(part.values()) for name, part in value.items()}
+    return parts if all(has_text(name, part) for name, part in value.items()) else value
+
+
 def _is_columns(value: dict[str, Any]) -> bool:
     """Whether an object holds columns of one length, of which none is a list of objects."""
     columns = list(value.values())
@@ -105,6 +118,10 @@ def _is_columns(value: dict[str, Any]) -> bool:
 
 
 def _csv_rows(path: Path, text: str) -> Rows:
+    """Cells between what makes the most of them, or what a first line such as "sep=;" names."""
+    told = re.match(r"sep=(.)(?=\n)", text)
+    if told:
+        return _cells(path, text[told.end() :], told[1], csv.QUOTE_MINIMAL)
     return _cells(path, text, _delimiter(text), csv.QUOTE_MINIMAL)
 
 
@@ -128,11 +145,15 @@ def _cells(path: Path, text: str, delimiter: str, quoting: Any) -> Rows:
     if not lines:
         return []
     number, header = lines[0]
-    names = [name.strip() for name in header]
-    if any(len(name) > NAME or name.isdigit() for name in names):
-        names = [f"column {i}" for i in range(1, len(names) + 1)]
+    numbers = [f"column {i}" for i in range(1, len(header) + 1)]
+    if any(map(_is_cell, header)):
+        names = numbers
     else:
+        names = [cell.strip() or number for cell, number in zip(header, numbers, strict=True)]
         lines = lines[1:]
+    name, count = Counter(map(str.lower, names)).most_common(1)[0]
+    if count > 1:
+        raise RequestError(f"{path}, line {number}: {count} columns are called {name!r}; give each its own")
     for number, cells in lines:
         if len(cells) > len(names):
             raise RequestError(
@@ -140,6 +161,11 @@ def _cells(path: Path, text: str, delimiter: str, quoting: Any) -> Rows:
                 f" cells that hold {delimiter!r}"
             )
     return [(f"line {number}", dict(zip(names, cells, strict=False))) for number, cells in lines]
+
+
+def _is_cell(name: str) -> bool:
+    """Whether what stands in the first line is no name of a column."""
+    return len(name.strip()) > NAME or name.strip().isdigit() or reads_like_text(name)
 
 
 def _records(path: Path, text: str, delimiter: str, quoting: Any) -> Iterator[tuple[int, list[str]]]:

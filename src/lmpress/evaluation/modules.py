@@ -11,7 +11,15 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from lmpress.checkpoint import MANIFEST, plan_of, read_gguf_header, read_header, read_manifest, shard_paths
+from lmpress.checkpoint import (
+    MANIFEST,
+    names_in,
+    plan_of,
+    read_gguf_header,
+    read_header,
+    read_manifest,
+    shard_paths,
+)
 from lmpress.errors import RequestError
 from lmpress.evaluation.size import dense_skeleton
 from lmpress.families import layout_of
@@ -89,8 +97,8 @@ def stored_bits_per_weight(path: str | Path, config: Any, skeleton: Any = None) 
     path = Path(path)
     if path.suffix.lower() == ".gguf":
         return _gguf_bits_per_weight(path)
-    stored = stored_tensors(path)
     skeleton = dense_skeleton(config) if skeleton is None else skeleton
+    stored = _sizes(stored_tensors(path, skeleton))
     bits = weights = 0
     for name in block_linears(config):
         original = skeleton.get_submodule(name)
@@ -112,7 +120,8 @@ def nominal_compression(directory: str | Path) -> tuple[float, float]:
     """
     path = Path(directory)
     config = AutoConfig.from_pretrained(path)
-    forms, skeleton = plan_of(path), dense_skeleton(config)
+    skeleton = dense_skeleton(config)
+    forms = _plan(path, skeleton)
     dense, values, bits = 0, 0, 0.0
     for name in block_linears(config):
         weight = skeleton.get_submodule(name).weight
@@ -136,18 +145,36 @@ def _nominal_leaves(form: Form) -> list[tuple[int, float]]:
     return leaves
 
 
-def stored_tensors(directory: str | Path) -> dict[str, int]:
-    """Bytes of every tensor of a checkpoint by name, from the headers of its safetensors files.
+def stored_tensors(directory: str | Path, skeleton: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """What the headers of a checkpoint's safetensors files tell of every tensor.
+
+    Args:
+        skeleton: the causal language model, by whose names tensors are called: a bare model is saved without
+            its prefix.
 
     Raises:
         RequestError: if there are none, or one is damaged.
     """
-    sizes: dict[str, int] = {}
-    for file in shard_paths(Path(directory)):
-        for name, entry in read_header(file).items():
-            start, stop = entry["data_offsets"]
-            sizes[name] = stop - start
-    return sizes
+    headers = {
+        name: entry for file in shard_paths(Path(directory)) for name, entry in read_header(file).items()
+    }
+    modules = names_in(skeleton, {name.rpartition(".")[0] for name in headers})
+    named: dict[str, dict[str, Any]] = {}
+    for name, entry in headers.items():
+        module, dot, own = name.rpartition(".")
+        named[modules.get(module, module) + dot + own] = entry
+    return named
+
+
+def _plan(directory: Path, skeleton: PreTrainedModel) -> dict[str, Form]:
+    """The forms of a checkpoint, by the names of the modules in a causal language model."""
+    forms = plan_of(directory)
+    return {own: forms[name] for name, own in names_in(skeleton, forms).items()}
+
+
+def _sizes(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Bytes by name."""
+    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in stored.items()}
 
 
 def module_table(what: PreTrainedModel | str | Path) -> list[ModuleRow]:
@@ -182,10 +209,10 @@ def _directory_table(directory: Path) -> list[ModuleRow]:
         raise RequestError(f"{directory} has no config.json: it is no model directory")
     config = AutoConfig.from_pretrained(directory)
     layout, skeleton = layout_of(config), dense_skeleton(config)
-    stored = stored_tensors(directory)
-    headers = {name: entry for file in shard_paths(directory) for name, entry in read_header(file).items()}
+    headers = stored_tensors(directory, skeleton)
+    stored = _sizes(headers)
     reports = read_manifest(directory)["modules"] if (directory / MANIFEST).is_file() else {}
-    forms, in_block = plan_of(directory), block_linears(config)
+    forms, in_block = _plan(directory, skeleton), block_linears(config)
     rows: list[ModuleRow] = []
     for name in [layout.embedding, *in_block, layout.head]:
         original = skeleton.get_submodule(name)

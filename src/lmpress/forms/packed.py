@@ -37,9 +37,10 @@ class PackedWeight(nn.Parameter):
     """What `module.weight` is where the first tensor of a form is not the matrix itself.
 
     It stands for the parameter that the module registers. Shape, type, device and the like are the
-    parameter's; to compute with it, as with a matrix, would give wrong numbers or an error about shapes, and
-    is refused in words that say what to do. `PackedWeight.of` gives one object for one parameter, so that
-    tied weights are identical.
+    parameter's, and `ndim`, by which others tell a linear from a convolution, is the matrix's. To compute
+    with it, as with a matrix, would give wrong numbers or an error about shapes, and is refused in words
+    that say what to do. `PackedWeight.of` gives one object for one parameter, so that tied weights are
+    identical.
     """
 
     parameter: nn.Parameter
@@ -69,6 +70,8 @@ class PackedWeight(nn.Parameter):
         if len(views) != 1 or not args or views[0] is not args[0]:  # one operand among others
             raise _refusal(views[0].formula if views else "packed codes", f"{name} cannot work on it")
         view, rest = views[0], args[1:]
+        if (name, accessor) == ("ndim", "__get__"):
+            return MATRIX
         if (name, accessor) in _SAME:
             return view
         if name in ("requires_grad", "requires_grad_") and accessor != "__get__":
@@ -87,6 +90,9 @@ class PackedWeight(nn.Parameter):
 
 _VIEWS: weakref.WeakValueDictionary[int, PackedWeight] = weakref.WeakValueDictionary()
 """The views that somebody holds, by the id of their parameter."""
+
+MATRIX = 2
+"""Dimensions of what every weight stands for."""
 
 _SAME = frozenset((("data", "__get__"), ("detach", "")))
 """What gives the same weight again, and is to be guarded as it was."""

@@ -104,7 +104,8 @@ class Run:
         """Look at the output directory; whether there is anything left to do.
 
         Raises:
-            RequestError: the directory is in use, and neither resume nor force was asked for.
+            RequestError: the directory is in use, and neither resume nor force was asked for; or the model's
+                tokenizer is none that can go along.
         """
         check_output(self.output, self.source, self.options.resume or self.options.force)
         if self.options.force:
@@ -129,6 +130,7 @@ class Run:
                 )
             if not self.options.force:
                 check_empty(self.output)
+        self.source.check_tokenizer()
         discard(self.work)
         self.staging.mkdir(parents=True)
         self.journal.start(fingerprint)

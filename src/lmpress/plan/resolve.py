@@ -21,7 +21,8 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
 
     Raises:
         RequestError: targets that match no module; a step that cannot follow an earlier one of the same
-            module; groups that do not divide a module's inputs.
+            module; groups that do not divide a module's inputs; neurons that are too few to be removed in
+            multiples.
     """
     layout = source.layout
     shapes = module_shapes(source)
@@ -69,6 +70,9 @@ def _over_sites(plan: Plan, index: int, step: SiteStep) -> Plan:
             name = f"{layout.block_name(i)}.{site.name}"
             for linear in step.touched(site, layout.block(i)):
                 _check_order(plan, index, f"{layout.block_name(i)}.{linear}")
+                _check_unit(
+                    plan, index, step.unit(linear, layout.block(i)), f"{layout.block_name(i)}.{linear}"
+                )
             sites[name] = (*sites.get(name, ()), index)
     if not any(index in steps for steps in sites.values()):
         raise RequestError(f"{plan.place(index)} finds no site to work at in this model")
@@ -128,6 +132,16 @@ def _check_order(plan: Plan, index: int, name: str) -> None:
     fault = step.conflict([plan.step(i) for i in earlier])
     if fault is not None:
         raise RequestError(f"{place}: {fault}")
+
+
+def _check_unit(plan: Plan, index: int, unit: int, name: str) -> None:
+    """RequestError where neurons fall into no two of the parts that a step removes them by."""
+    neurons = plan.modules[name].shape[1]
+    if unit >= neurons:
+        raise RequestError(
+            f"{plan.place(index)}: multiple_of: {unit} leaves nothing to remove of the {neurons} neurons of"
+            f" {name}; take a smaller one"
+        )
 
 
 def _check_groups(plan: Plan, step: Step, name: str) -> None:

@@ -27,12 +27,17 @@ QUANTIZED = re.compile(r"^(?!_).*quant|compression_config")
 COMPUTING = re.compile(
     r"softcap|multiplier|logits?_scal|num_(local_|routed_|shared_)?experts|n_routed_experts|moe_|per_layer"
     r"|block_configs|layer_types|partial_rotary|(residual|embedding|attention|logit)_scale|alibi|clip_qkv"
+    r"|qk_(layer_?)?norm|parallel_(residual|attn)|no_rope|scale_(emb|depth)"
 )
 """Keys that change what a model of some family computes, wherever its class reads them."""
 
+RUNNING = {"attn_implementation", "_attn_implementation"}
+"""Keys that ask for a way to run, which may not be at hand here."""
+
 UNTOLD = {
     *("rope_theta", "rope_scaling", "rope_local_base_freq", "rope_type", "original_max_position_embeddings"),
-    *("sliding_window_pattern", "head_dim", "hidden_act", "torch_dtype", "auto_map", "attn_implementation"),
+    *("sliding_window_pattern", "head_dim", "hidden_act", "torch_dtype", "auto_map"),
+    *(*RUNNING, "is_llama_config"),
     *("name_or_path", "tokenizer_class", "model_max_length", "task_specific_params", "torchscript"),
     *("pruned_heads", "use_bfloat16", "unsloth_version", "unsloth_fixed", "transformers.js_config"),
     *("_attn_implementation_autoset", "_flash_attn_2_enabled", "_commit_hash", "_pre_quantization_dtype"),
@@ -55,6 +60,10 @@ ROPE = {
 """The kinds of rotary frequencies that the families read, and what belongs to each."""
 
 
+POSITIVE = ("rope_theta", "factor")
+"""What frequencies are divided by."""
+
+
 def read_config(directory: Path) -> Any:
     """The transformers config of a dense causal language model.
 
@@ -73,7 +82,7 @@ def read_config(directory: Path) -> Any:
     layout_of(config)
     _check_architectures(path, raw)
     _check_keys(path, raw, config)
-    _check_rope(path, config)
+    check_rope(path, config)
     return config
 
 
@@ -107,7 +116,7 @@ def _built(path: Path, raw: Mapping[str, Any]) -> Any:
         return SimpleNamespace(**raw)
     try:
         return CONFIG_MAPPING[model_type].from_dict(
-            copy.deepcopy({key: value for key, value in raw.items() if not QUANTIZED.search(key)})
+            copy.deepcopy({k: v for k, v in raw.items() if k not in RUNNING and not QUANTIZED.search(k)})
         )
     except Exception as error:  # transformers raises whatever the file made it raise
         told = " ".join(str(error).split())[:400] or repr(error)
@@ -152,11 +161,13 @@ def _check_keys(path: Path, raw: Mapping[str, Any], config: Any) -> None:
 
 
 def _neutral(value: Any) -> bool:
-    """Whether a scale is one that changes nothing, or layers of the usual kind."""
-    return value == 1 or (isinstance(value, list) and all(one == "full_attention" for one in value))
+    """Whether a number is one that changes nothing, or layers are all of the usual kind."""
+    if isinstance(value, list):
+        return all(one == "full_attention" or _neutral(one) for one in value)
+    return value == 1 and not isinstance(value, bool)
 
 
-def _check_rope(path: Path, config: Any) -> None:
+def check_rope(path: Path, config: Any) -> None:
     """Refuse rotary frequencies that the families do not compute; tell of parameters that play no part."""
     for rope in _ropes(getattr(config, "rope_parameters", None)):
         kind = rope.get("rope_type", "default")
@@ -164,6 +175,12 @@ def _check_rope(path: Path, config: Any) -> None:
             raise RequestError(
                 f"{path} has rotary frequencies of type {short(kind)}; lmpress reads {', '.join(ROPE)}"
             )
+        for key in POSITIVE:
+            value = rope.get(key, 1)
+            if not isinstance(value, int | float) or not value > 0:
+                raise RequestError(
+                    f"{path}: the {key} of its rotary frequencies is {short(value)}, not above 0"
+                )
         if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise RequestError(
                 f"{path} turns only a part of each head (partial_rotary_factor"

@@ -62,6 +62,9 @@ class EqualSource(ModelSource):
     def copy_tokenizer(self, directory: Path) -> None:
         self._inner.copy_tokenizer(directory)
 
+    def check_tokenizer(self) -> None:
+        self._inner.check_tokenizer()
+
 
 def as_recipe_reads(source: ModelSource, recipe: Recipe) -> ModelSource:
     """The model as the steps of a recipe that turn it into an equal one let it be read.

@@ -12,6 +12,7 @@ from lmpress.errors import RequestError
 from lmpress.families import supported
 from lmpress.progress import note
 from lmpress.source.accounting import some
+from lmpress.source.config_json import check_rope
 from lmpress.source.gguf_file import GgufFile, computing_keys
 from lmpress.source.gguf_rope import rope_parameters
 from lmpress.source.tokenizer_files import check_vocabulary
@@ -81,7 +82,9 @@ def gguf_config(file: GgufFile) -> Any:
     try:
         values = _values(file, architecture)
         _account_for_keys(file)
-        return CONFIG_MAPPING[values.pop("model_type")](**values)
+        config = CONFIG_MAPPING[values.pop("model_type")](**values)
+        check_rope(file.path, config)
+        return config
     except RequestError:
         raise
     except Exception as error:  # transformers and Python raise whatever the values made them raise
@@ -198,7 +201,7 @@ def _gemma3(file: GgufFile, values: Values) -> Values:
     full = rope_parameters(file, values["head_dim"], values["max_position_embeddings"])
     local = {"rope_type": "default", "rope_theta": float(file.own("rope.freq_base_swa", 10000.0))}
     return _gemma(file, values) | {
-        "sliding_window": window,
+        "sliding_window": window or values["max_position_embeddings"],  # the class wants one in any case
         "layer_types": kinds,
         "rope_parameters": {"full_attention": full, "sliding_attention": local},
     }

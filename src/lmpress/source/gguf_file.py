@@ -104,7 +104,7 @@ class GgufFile:
         if tensor is None:
             return None
         self._asked.add(name)
-        return numpy.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=numpy.float32)
+        return numbers(tensor)
 
     def asked(self, name: str) -> bool:
         """Whether a key or a tensor was asked for."""
@@ -151,9 +151,18 @@ def _constants(group: type) -> Iterator[str]:
             yield value
 
 
+def numbers(tensor: ReaderTensor) -> numpy.ndarray[Any, Any]:
+    """The weights of a tensor in float32, of the type that `Stored.dense` tells of."""
+    if tensor.tensor_type == GGMLQuantizationType.F64:  # which gguf reads and does not convert
+        return numpy.asarray(tensor.data, dtype=numpy.float32)
+    return numpy.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=numpy.float32)
+
+
 @lru_cache
 def _is_read(kind: GGMLQuantizationType) -> bool:
-    """Whether gguf makes numbers of a type."""
+    """Whether `numbers` are made of a type."""
+    if kind == GGMLQuantizationType.F64:
+        return True
     _, size = GGML_QUANT_SIZES[kind]
     try:
         dequantize(numpy.zeros((1, size), dtype=numpy.uint8), kind)

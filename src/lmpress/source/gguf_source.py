@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import dequantize
 from torch import Tensor
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
@@ -21,7 +20,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from lmpress.checkpoint import read_json, write_bytes
 from lmpress.source.accounting import Stored, account_for_rest, settle
 from lmpress.source.gguf_config import gguf_config
-from lmpress.source.gguf_file import GgufFile
+from lmpress.source.gguf_file import GgufFile, numbers
 from lmpress.source.model import ModelSource
 from lmpress.source.tokenizer_files import read_tokenizer
 
@@ -71,7 +70,7 @@ class GgufSource(ModelSource):
         result = {}
         for name in names:
             tensor = self._file.tensors[self._tensors[name].name]
-            weights = dequantize(tensor.data, tensor.tensor_type)
+            weights = numbers(tensor)
             parsed = self._processor.process(weights=weights, name=tensor.name, parsed_parameters={})
             result[name] = torch.from_numpy(parsed.weights.copy())
         return result
@@ -94,6 +93,9 @@ class GgufSource(ModelSource):
 
     def tokenizer(self) -> Any:
         return read_tokenizer(self.path.parent, self.path.name, self.name, self.config)
+
+    def check_tokenizer(self) -> None:
+        self.tokenizer()
 
     def copy_tokenizer(self, directory: Path) -> None:
         self.tokenizer().save_pretrained(directory)

@@ -125,6 +125,10 @@ class ModelSource(ABC):
         """Put the tokenizer's files into `directory`."""
 
     @abstractmethod
+    def check_tokenizer(self) -> None:
+        """RequestError where `copy_tokenizer` would refuse, asked for before all the work."""
+
+    @abstractmethod
     def _beside(self) -> Iterable[bytes]:
         """What else, beside config and weights, decides what the model computes from a text."""
 

@@ -14,19 +14,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmpress.checkpoint import INDEX, SINGLE, indexed_paths, read_header, shard_paths
+from lmpress.checkpoint import INDEX, SINGLE, indexed_paths, read_header, read_index, shard_paths
 from lmpress.errors import RequestError
-from lmpress.source.accounting import Stored, account_for_rest, settle
+from lmpress.progress import note
+from lmpress.source.accounting import Stored, account_for_rest, settle, some
 from lmpress.source.companions import copy_companions
 from lmpress.source.config_json import read_config
 from lmpress.source.model import ModelSource
+from lmpress.source.rotary import FREQUENCIES, check_frequencies
 from lmpress.source.tokenizer_files import DECIDING, read_tokenizer
 
 DENSE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """The types of a safetensors file that weights are read from."""
-
-COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-"""Buffers that old checkpoints hold and that every model computes from its config."""
 
 ADAPTED = "base_model.model."
 """What an adapter's training puts before the names of the model that it adapts."""
@@ -55,6 +54,7 @@ class SafetensorsSource(ModelSource):
         stored = _stored(self._shards)
         self._tensors = settle(self.name, self.shapes, stored, self._aliases)
         self._account_for_rest(stored)
+        self._account_for_files(stored)
 
     def _aliases(self, name: str) -> Iterator[str]:
         """Checkpoints of a base model lack its prefix; of tied ones either name may be there."""
@@ -74,11 +74,14 @@ class SafetensorsSource(ModelSource):
 
     def _account_for_rest(self, stored: dict[str, Stored]) -> None:
         used = {tensor.name for tensor in self._tensors.values()}
-        ignored = [COMPUTED]
-        ignored += [re.compile(p) for p in self.skeleton._keys_to_ignore_on_load_unexpected or ()]
+        ignored = [re.compile(p) for p in self.skeleton._keys_to_ignore_on_load_unexpected or ()]
         copies = {alias: name for name in self._twins for alias in self._aliases(name)}
         rest = []
         for name, tensor in stored.items():
+            if FREQUENCIES.search(name):
+                with _open(tensor.path) as file:
+                    check_frequencies(self.name, name, file.get_tensor(name), self.skeleton)
+                continue
             if name in used or any(pattern.search(name) for pattern in ignored):
                 continue
             if name in copies:
@@ -86,6 +89,22 @@ class SafetensorsSource(ModelSource):
             else:
                 rest.append(name)
         account_for_rest(self.name, rest, self._belongs)
+
+    def _account_for_files(self, stored: dict[str, Stored]) -> None:
+        """Refuse an index that tells of more than its files hold; tell of files that are not read."""
+        if self.directory / SINGLE not in self._shards:
+            lost = [name for name in read_index(self.directory) if name not in stored]
+            if lost:
+                raise RequestError(
+                    f"{self.directory / INDEX} names {some(lost)}, and no file of it holds that; fetch the"
+                    " model again"
+                )
+        beside = sorted({path.name for path in self.directory.glob("*.safetensors")})
+        unread = [name for name in beside if self.directory / name not in self._shards]
+        if unread:
+            note(
+                f"{self.name} holds weights that are no part of the model, which are not used: {some(unread)}"
+            )
 
     def _check_copy(self, name: str, copy: Stored) -> None:
         """RequestError where a tied tensor is stored twice, and differently."""
@@ -140,6 +159,9 @@ class SafetensorsSource(ModelSource):
 
     def tokenizer(self) -> Any:
         return read_tokenizer(self.directory, None, self.name, self.config)
+
+    def check_tokenizer(self) -> None:
+        """Files are copied, whatever they hold."""
 
     def copy_tokenizer(self, directory: Path) -> None:
         copy_companions(self.directory, directory)

@@ -17,6 +17,7 @@ from lmpress.corpora import (
     Corpus,
     check_context,
     check_corpus,
+    check_distinct,
     check_ids,
     draw_windows,
     fingerprint,
@@ -73,6 +74,7 @@ def check_calibration(spec: str) -> None:
 def read_corpora(spec: str, *, tell: bool = True) -> list[Corpus]:
     """Corpora (their train split) and files that are joined by commas; what was taken of rows is told."""
     corpora = [load_corpus(part) for part in split_specs(spec)]
+    check_distinct(corpora)
     for account in filter(None, (corpus.account for corpus in corpora if tell)):
         note(account)
     return corpora
