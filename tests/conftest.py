@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import lmpress
 from tests.tiny import save_tiny, tiny_text
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+
+# where a shell has put the tests into the background, Ctrl-C is ignored, also by the programs that they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EVERY_STEP: dict[str, Any] = {
     "name": "every-step",

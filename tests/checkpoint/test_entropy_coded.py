@@ -38,6 +38,7 @@ from lmpress.forms import (
     Sparse,
     Sum,
     ans,
+    ans_encoder,
 )
 from lmpress.forms.linear import FormHolder
 from tests.tiny import tiny_model
@@ -281,7 +282,7 @@ def test_what_is_coded_by_another_encoder_is_saved_by_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ans, "RESOLUTIONS", (4.0,))
+        patch.setattr(ans_encoder, "RESOLUTIONS", (4.0,))
         forms = all_coded(tiny_model("llama"))
     model = AutoModelForCausalLM.from_pretrained(save(forms, tmp_path / "first"))
     model.save_pretrained(tmp_path / "again")
