@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmpress.methods.awq import AwqOptions, Reader, awq_scales
-from lmpress.methods.rtn import RoundOptions
+from lmpress.methods.rtn import RoundOptions, round_to_nearest
 from lmpress.statistics import InputStatistics
 from tests.methods.data import statistics_of, weights
 
@@ -59,6 +59,33 @@ def error(readers: list[Reader], scale: Tensor, x: Tensor) -> float:
         strayed = (rounded(weight * scale, reader.grid) / scale - weight) @ x.T
         total += float(strayed.square().sum(0).mean())
     return total
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_ranges_are_shrunken_in_the_search_as_they_will_be(weighed: bool) -> None:
+    """A range that is shrunken by the weights alone cuts off what a scale made large."""
+    x, weight = outlying(seed=5), weights(10, COLUMNS, seed=7).float()
+    grid, moments = replace(SYMMETRIC, bits=3, clip=True), statistics_of(x)
+
+    def strayed(scale: Tensor) -> float:
+        seen = replace(moments, second_moment=moments.second_moment / scale.float().square())
+        made = round_to_nearest(weight * scale.float(), seen if weighed else None, grid).form
+        return float((((made.dense().double() / scale - weight) @ x.T).square().sum(0)).mean())
+
+    errors = {i / 20: strayed(scale_of(x.abs().mean(0), i / 20)) for i in range(21)}
+    _, report = awq_scales([Reader(weight, grid, weighed)], moments, AwqOptions(20))
+    assert report["alpha"] == min(errors, key=errors.__getitem__)
+    assert report["relative_error"] <= 1.0
+
+
+def test_a_sample_of_rows_finds_about_what_all_of_them_find() -> None:
+    x = outlying(seed=2)
+    many = weights(600, COLUMNS, seed=3).float()
+    errors = {
+        i / 10: error([Reader(many, SYMMETRIC)], scale_of(x.abs().mean(0), i / 10), x) for i in range(11)
+    }
+    _, report = awq_scales([Reader(many, SYMMETRIC)], statistics_of(x), AwqOptions(10))
+    assert errors[report["alpha"]] < 1.05 * min(errors.values())
 
 
 @pytest.mark.parametrize("seed", range(3))

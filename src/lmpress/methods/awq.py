@@ -5,7 +5,8 @@ group with its largest weight: inputs that are large, and whose errors count, ge
 
     s_c = a_c^alpha,   a_c = E|x_c|,   alpha* = argmin  E||(Q(W diag(s)) diag(s)^-1 - W) x||^2
 
-on a grid of alpha in [0, 1]. With H = E[x x^T] the error is tr(D H D^T) over all of the text, and not over a
+on a grid of alpha in [0, 1], Q with all that it will have, shrunken ranges too: a range that is shrunken
+without regard for the inputs cuts off just those weights that were made large. With H = E[x x^T] the error is tr(D H D^T) over all of the text, and not over a
 few tokens of it. 1 / s goes into what makes the input: nothing has to be multiplied when the model runs.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from lmpress.methods.rtn import RoundOptions, round_to_nearest
 from lmpress.statistics import InputStatistics, pooled
+
+SAMPLE_ROWS = 128
+"""Rows of each linear that a search looks at: grids are a row's own, and rows are many."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,12 @@ class Reader:
     Attributes:
         weight: (out, in).
         grid: of plain rounding, which stands in for the solver that follows.
+        weighed: whether ranges are shrunken by how much each input counts, as GPTQ's are.
     """
 
     weight: Tensor
     grid: RoundOptions
+    weighed: bool = False
 
 
 def awq_scales(
@@ -77,12 +83,13 @@ def awq_scales(
         if reader.weight.shape[1] != hessian.shape[0]:
             raise ValueError(f"{reader.weight.shape[1]} inputs, and statistics of {hessian.shape[0]}")
     magnitude = _magnitudes(statistics.abs_mean.float(), heads)
+    sampled = [_sampled(reader) for reader in readers]
     best, chosen, scale = math.inf, 0.0, torch.ones_like(magnitude)
     plain = 0.0
     for i in range(options.points + 1):
         alpha = i / options.points
         tried = _scale(magnitude, alpha)
-        loss = sum(_loss(reader, tried, hessian) for reader in readers)
+        loss = sum(rows * _loss(reader, tried, hessian, statistics) for reader, rows in sampled)
         plain = loss if i == 0 else plain
         if loss < best:
             best, chosen, scale = loss, alpha, tried
@@ -104,10 +111,22 @@ def _scale(magnitude: Tensor, alpha: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _loss(reader: Reader, scale: Tensor, hessian: Tensor) -> float:
+def _sampled(reader: Reader) -> tuple[Reader, float]:
+    """Some rows of a reader, where every row has a grid of its own; and how many each of them stands for."""
+    rows = reader.weight.shape[0]
+    if reader.grid.granularity == "tensor" or rows <= SAMPLE_ROWS:
+        return reader, 1.0
+    picked = torch.linspace(0, rows - 1, SAMPLE_ROWS, device=reader.weight.device).round().long()
+    return replace(reader, weight=reader.weight[picked]), rows / SAMPLE_ROWS
+
+
+def _loss(reader: Reader, scale: Tensor, hessian: Tensor, statistics: InputStatistics) -> float:
     """E||(Q(W diag(s)) diag(s)^-1 - W) x||^2."""
     weight = reader.weight.float()
     scale, hessian = scale.to(weight.device), hessian.to(weight.device)
-    rounded = round_to_nearest(weight * scale, None, reader.grid).form.dense()
+    counts = None
+    if reader.weighed:
+        counts = replace(statistics, second_moment=statistics.second_moment.to(scale) / scale.square())
+    rounded = round_to_nearest(weight * scale, counts, reader.grid).form.dense()
     error = rounded / scale - weight
     return float(((error @ hessian) * error).sum(dtype=torch.float64))

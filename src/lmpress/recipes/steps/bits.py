@@ -142,7 +142,7 @@ class Quantize(_Codes):
     def grid(self) -> RoundOptions | None:
         bits = min(8, max(2, round(self.bits)))
         granularity = "channel" if self.hybrid else self.granularity
-        return self.told(RoundOptions, bits=bits, granularity=granularity, clip=False)
+        return self.told(RoundOptions, bits=bits, granularity=granularity)
 
     def conflict(self, earlier: Sequence[Step]) -> str | None:
         for s in earlier:

@@ -47,10 +47,11 @@ class Awq(SiteStep):
             raise ValueError("awq needs calibration text, and something that feeds the site")
         readers = []
         for linear, weight in junction.readers.items():
-            grids = (step.grid() for step in junction.later[linear])
-            grid = next((grid for grid in grids if grid is not None), None)
-            if grid is not None:
-                readers.append(Reader(weight, grid))
+            for step in junction.later[linear]:
+                grid = step.grid()
+                if grid is not None:
+                    readers.append(Reader(weight, grid, weighed=step.needs_statistics))
+                    break
         if not readers:
             return None
         scale, report = awq_scales(readers, junction.statistics, self.told(AwqOptions), junction.feed.heads)
