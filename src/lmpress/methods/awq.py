@@ -6,8 +6,9 @@ group with its largest weight: inputs that are large, and whose errors count, ge
     s_c = a_c^alpha,   a_c = E|x_c|,   alpha* = argmin  E||(Q(W diag(s)) diag(s)^-1 - W) x||^2
 
 on a grid of alpha in [0, 1], Q with all that it will have, shrunken ranges too: a range that is shrunken
-without regard for the inputs cuts off just those weights that were made large. With H = E[x x^T] the error is tr(D H D^T) over all of the text, and not over a
-few tokens of it. 1 / s goes into what makes the input: nothing has to be multiplied when the model runs.
+without regard for the inputs cuts off just those weights that were made large. With H = E[x x^T] the error is
+tr(D H D^T) over all of the text, and not over a few tokens of it. 1 / s goes into what makes the input:
+nothing has to be multiplied when the model runs.
 """
 
 from __future__ import annotations
