@@ -24,7 +24,7 @@ from torch import Tensor
 from lmpress.methods.rtn import RoundOptions, round_to_nearest
 from lmpress.statistics import InputStatistics, pooled
 
-SAMPLE_ROWS = 128
+SAMPLE_ROWS = 32
 """Rows of each linear that a search looks at: grids are a row's own, and rows are many."""
 
 
