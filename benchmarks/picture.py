@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ def speed(told: dict[str, Any], kind: str) -> str:
     return f"{timing[kind + '_tokens_per_s']:,.0f} ({timing[kind + '_ratio']:.2f}x)"
 
 
+def perplexity(told: dict[str, Any]) -> str:
+    """The perplexity, and by how much it differs from the dense model's, with the error of that."""
+    ratio, shown = math.exp(told["excess_loss"]), f"{told['perplexity']:.3f}"
+    error = 100 * ratio * (told["errors"]["excess_loss"] or 0.0)
+    return f"{shown} ({100 * (ratio - 1):+.1f} ± {error:.1f} %)" if ratio != 1 else shown
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path)
@@ -44,8 +52,9 @@ def main() -> None:
     table.add_row(*row(models, "of 16-bit", lambda t: f"{t['ratio']:.1%}"))
     table.add_row(*row(models, "bits a weight (linears)", lambda t: f"{t['bpw']:.2f}"))
     table.add_row(*row(models, "in memory", lambda t: human_bytes(t["resident_bytes"])))
-    table.add_row(*row(models, "perplexity", lambda t: f"{t['perplexity']:.3f}"))
+    table.add_row(*row(models, "perplexity", perplexity))
     table.add_row(*row(models, "KL to dense, nats", lambda t: f"{t['kl']:.4f}"))
+    table.add_row(*row(models, "same top token", lambda t: f"{t['top1_agreement']:.1%}"))
     table.add_row(*row(models, "prefill, tokens/s", lambda t: speed(t, "prefill")))
     table.add_row(*row(models, "decode, tokens/s", lambda t: speed(t, "decode")))
     console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
