@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lmpress
+from lmpress.errors import RequestError
 from lmpress.families import Feed, Norm, layout_of
 from lmpress.methods.awq import AwqOptions, Reader, awq_scales
 from lmpress.methods.rtn import RoundOptions
+from lmpress.recipes import parse_recipe
 from lmpress.recipes.steps import Awq, Quantize, Sparsify, Step
 from lmpress.recipes.steps.base import Junction
 from lmpress.statistics import Channels
@@ -156,3 +158,10 @@ def _alphas(manifest: Mapping[str, Any]) -> dict[str, float]:
 
 def _strayed(weight: Tensor, dense: Tensor) -> float:
     return float((weight - dense).norm() / dense.norm())
+
+
+def test_inputs_are_scaled_once() -> None:
+    quantize = {"quantize": {"bits": 4}}
+    parse_recipe({"steps": [{"awq": {"targets": "attention"}}, {"awq": {"targets": "mlp"}}, quantize]}, "two")
+    with pytest.raises(RequestError, match="scaled once"):
+        parse_recipe({"steps": ["awq", {"awq": {"targets": "mlp"}}, quantize]}, "twice")

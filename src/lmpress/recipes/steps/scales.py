@@ -30,6 +30,8 @@ class Awq(SiteStep):
         return True
 
     def conflict(self, earlier: Sequence[Step]) -> str | None:
+        if any(s.kind == self.kind for s in earlier):
+            return "inputs are scaled once: let the targets of two awq not overlap"
         before = forms_before(earlier)
         return f"awq comes before {before} of the same modules" if before else None
 
