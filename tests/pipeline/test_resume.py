@@ -7,12 +7,15 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tqdm.auto
+import tqdm.std
 from transformers import LlamaConfig
 
 import lmpress
@@ -72,6 +75,8 @@ def start_and_kill(moment: Callable[[], bool], **arguments: Any) -> bool:
     """Run `lmpress.compress` in a forked process, and SIGKILL it at a moment. Whether it was killed."""
     child = os.fork()
     if child == 0:
+        for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # the one that forks share would stay locked by the dead
+            bar.set_lock(threading.RLock())
         try:
             lmpress.compress(**arguments, resume=True)
         finally:
