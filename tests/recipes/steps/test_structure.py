@@ -24,5 +24,10 @@ def test_what_cannot_follow(steps: list[dict[str, Any]], words: list[str]) -> No
 
 
 def test_scales_of_attention_alone_are_no_obstacle() -> None:
-    steps = [{"awq": {"targets": "attention"}}, {"prune_neurons": {}}, {"awq": {}}, {"quantize": {}}]
+    steps = [
+        {"awq": {"targets": "attention"}},
+        {"prune_neurons": {}},
+        {"awq": {"targets": "mlp"}},
+        {"quantize": {}},
+    ]
     assert len(parse_recipe({"steps": steps}, "r").steps) == 4
